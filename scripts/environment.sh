@@ -94,7 +94,7 @@ own_python() {
         echo "making .venv with $base" >&2
         "$base" -m venv ${clear:+--clear} "$root/.venv"
     fi
-    local pip=("$python" -m pip install --quiet --disable-pip-version-check)
+    local pip=("$python" -I -m pip install --quiet --disable-pip-version-check)
     # PyTorch first and pinned: as a mere dependency it would be resolved to the newest CUDA build.
     if ! has_torch "$python"; then
         echo "installing PyTorch into .venv" >&2

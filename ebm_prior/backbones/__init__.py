@@ -1,0 +1,1 @@
+"""Hierarchical VAEs as the prior sees them: four methods on one flat u."""

@@ -1,0 +1,248 @@
+"""The energy networks f_i(z_i, t), one per latent layer, shared over t (contract, networks.md).
+
+f is a log density ratio: bigger = more probable, the energy is -f. The convolutional variants A
+and B have no biases and take maps of 8 to 128 pixels a side, as published; smaller and non-square
+maps keep the number of layers and trade stride-2 convolutions for 3x3 ones that keep the size.
+
+Attribute names that hold weights are the file format (`netE0.conv_start.weight_orig`).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from ebm_prior.spectral_norm import SNConv2d, SNLinear
+
+if TYPE_CHECKING:
+    from ebm_prior.prior import PriorConfig
+
+EMBEDDING = 128  # values of the time embedding
+
+
+def time_embedding(t: Tensor, size: int = EMBEDDING) -> Tensor:
+    r"""(B,) -> (B, size): cosines, then sines, of t at geometric frequencies.
+
+    .. math:: w_j = 10000^{-j/h}, \; j = 0..h-1, \; h = \lfloor size/2 \rfloor
+
+    In float32; an odd size gets a trailing zero.
+    """
+    half = size // 2
+    steps = torch.arange(half, dtype=torch.float32, device=t.device)
+    angle = t.float().unsqueeze(1) * torch.exp(-math.log(10000.0) / half * steps)
+    parts = [angle.cos(), angle.sin(), *([torch.zeros_like(angle[:, :1])] if size % 2 else [])]
+    return torch.cat(parts, dim=1)
+
+
+def linear(size_in: int, size_out: int, spectral_norm: bool, bias: bool = False) -> nn.Module:
+    """A dense layer, under spectral normalisation or not."""
+    return (SNLinear if spectral_norm else nn.Linear)(size_in, size_out, bias=bias)
+
+
+def conv(size_in: int, size_out: int, halve: tuple[bool, bool], spectral_norm: bool) -> nn.Module:
+    """Padding 1 and, per side, 4 wide with stride 2 where it halves, else 3 wide with stride 1."""
+    kernel, stride = (tuple(4 if h else 3 for h in halve), tuple(2 if h else 1 for h in halve))
+    layer = SNConv2d if spectral_norm else nn.Conv2d
+    return layer(size_in, size_out, kernel, stride, padding=1, bias=False)  # type: ignore[arg-type]
+
+
+def halvings(
+    shape: Sequence[int], final: int, at_least: int
+) -> tuple[list[tuple[bool, bool]], int]:
+    """Which convolutions halve which side of a map until each is min(side, `final`).
+
+    Returns:
+        Per convolution (height halved, width halved), at least `at_least` of them, and the number
+        of pixels of the last map.
+    """
+    if len(shape) != 3 or any(side & (side - 1) for side in shape[1:]):
+        raise ValueError(
+            f"latents of shape {tuple(shape)} do not suit a convolutional energy, which needs"
+            " (C, H, W) with H and W powers of two; use network 'mlp'"
+        )
+    height, width = shape[1:]
+    plan: list[tuple[bool, bool]] = []
+    while height > final or width > final or len(plan) < at_least:
+        plan.append((height > final, width > final))
+        height, width = (side // 2 if side > final else side for side in (height, width))
+    return plan, height * width
+
+
+class _TimedNet(nn.Module):
+    """What variants A and B share: SiLU-first layers and dense residual pairs that see time."""
+
+    def __init__(self, spectral_norm: bool) -> None:
+        super().__init__()
+        self.spectral_norm = spectral_norm
+
+    def silu_linear(self, size_in: int, size_out: int) -> nn.Sequential:
+        return nn.Sequential(nn.SiLU(), linear(size_in, size_out, self.spectral_norm))
+
+    def silu_conv(
+        self, size_in: int, size_out: int, halve: tuple[bool, bool] = (False, False)
+    ) -> nn.Sequential:
+        return nn.Sequential(nn.SiLU(), conv(size_in, size_out, halve, self.spectral_norm))
+
+    def time_mlp(self, size: int) -> nn.Sequential:
+        return nn.Sequential(
+            linear(EMBEDDING, size, self.spectral_norm),
+            nn.SiLU(),
+            linear(size, size, self.spectral_norm),
+        )
+
+    def add_pair(self, name: str, size_in: int, size_out: int) -> None:
+        self.add_module(f"{name}_x", self.silu_linear(size_in, size_out))
+        self.add_module(f"{name}_t", self.silu_linear(EMBEDDING, size_out))
+        self.add_module(f"{name}_all", self.silu_linear(size_out, size_out))
+        self.add_module(f"{name}_short", self.silu_linear(size_in, size_out))
+
+    def pair(self, name: str, v: Tensor, e: Tensor) -> Tensor:
+        x, time, both, short = (
+            self.get_submodule(f"{name}_{part}") for part in ("x", "t", "all", "short")
+        )
+        return both(x(v) + time(e)) + short(v)
+
+
+class ResidualBlock(_TimedNet):
+    """y -> conv'(SiLU y) + conv3(SiLU(conv(SiLU y) + Lin(SiLU e))), half the size."""
+
+    def __init__(self, width: int, halve: tuple[bool, bool], spectral_norm: bool) -> None:
+        super().__init__(spectral_norm)
+        self.conv2d_1 = self.silu_conv(width, width, halve)
+        self.conv2d_2 = self.silu_conv(width, width)
+        self.conv2d_shortcut = self.silu_conv(width, width, halve)
+        self.linear = self.silu_linear(EMBEDDING, width)
+
+    def forward(self, y: Tensor, e: Tensor) -> Tensor:
+        g = self.conv2d_1(y) + self.linear(e)[..., None, None]
+        return self.conv2d_shortcut(y) + self.conv2d_2(g)
+
+
+class ResidualEnergy(_TimedNet):
+    """Variant A, the paper's for CIFAR-10: residual blocks down to 2x2, time enters everywhere.
+
+    Args:
+        shape: (C, H, W) of the layer; `width` is the contract's ch, published 128.
+    """
+
+    def __init__(self, shape: Sequence[int], width: int = 128, spectral_norm: bool = True) -> None:
+        super().__init__(spectral_norm)
+        (first, *rest), pixels = halvings(shape, final=2, at_least=2)
+        channels, hid = shape[0], width * pixels
+        # The order of these lines is the order of the optimiser state in checkpoints.
+        self.t_ebm_model1 = self.time_mlp(channels)
+        self.t_ebm_model2 = self.time_mlp(EMBEDDING)
+        self.conv_start = conv(channels, width, first, spectral_norm)
+        self.t_linear = self.silu_linear(EMBEDDING, width)
+        self.conv_all = self.silu_conv(width, width)
+        self.conv_short = conv(channels, width, first, spectral_norm)
+        self.res_blocks = nn.ModuleList(ResidualBlock(width, h, spectral_norm) for h in rest)
+        self.add_pair("linear1", hid, 2 * width)
+        self.add_pair("linear2", 2 * width, width)
+        self.out = self.silu_linear(width, 1)
+
+    def forward(self, z: Tensor, t: Tensor) -> Tensor:
+        """z (B, C, H, W), t (B,) -> f (B, 1)."""
+        embedding = time_embedding(t).to(z.dtype)
+        e = self.t_ebm_model2(embedding)
+        x = z + self.t_ebm_model1(embedding)[..., None, None]
+        g = self.conv_start(x) + self.t_linear(e)[..., None, None]
+        y = self.conv_all(g) + self.conv_short(x)
+        for block in self.res_blocks:
+            y = block(y, e)
+        v = self.pair("linear2", self.pair("linear1", y.flatten(1), e), e)
+        return self.out(v)
+
+
+class ConvEnergy(_TimedNet):
+    """Variant B, the paper's for CelebA-HQ-256: plain convolutions to 4x4, time in the dense part.
+
+    Args:
+        shape: (C, H, W) of the layer; `width` is the contract's ch, published 64.
+    """
+
+    def __init__(self, shape: Sequence[int], width: int = 64, spectral_norm: bool = True) -> None:
+        super().__init__(spectral_norm)
+        (*early, last), pixels = halvings(shape, final=4, at_least=1)
+        channels, hid = shape[0], width * pixels
+        self.t_ebm_model1 = self.time_mlp(EMBEDDING)
+        self.conv2d = nn.Sequential()
+        for number, halve in enumerate(early, start=1):
+            self.conv2d.add_module(f"conv{number}", conv(channels, width, halve, spectral_norm))
+            self.conv2d.add_module(f"silu{number}", nn.SiLU())
+            channels = width
+        self.downsample = conv(channels, width, last, spectral_norm)
+        self.add_pair("linear1", hid, 8 * width)
+        self.add_pair("linear2", 8 * width, 4 * width)
+        self.out = self.silu_linear(4 * width, 1)
+
+    def forward(self, z: Tensor, t: Tensor) -> Tensor:
+        """z (B, C, H, W), t (B,) -> f (B, 1)."""
+        e = self.t_ebm_model1(time_embedding(t).to(z.dtype))
+        v = self.downsample(self.conv2d(z)).flatten(1)
+        v = self.pair("linear2", self.pair("linear1", v, e), e)
+        return self.out(v)
+
+
+class MLPEnergy(nn.Module):
+    """Variant C, for vector latents and small maps, which it flattens: dense, with biases.
+
+    y = Lin(z) + E(t), `depth` times y <- y + Lin(SiLU(y)), f = Lin(SiLU(y)).
+    """
+
+    def __init__(
+        self, shape: Sequence[int], width: int = 128, depth: int = 2, spectral_norm: bool = False
+    ) -> None:
+        super().__init__()
+
+        def dense(size_in: int, size_out: int) -> nn.Module:
+            return linear(size_in, size_out, spectral_norm, bias=True)
+
+        self.input = dense(math.prod(shape), width)
+        self.time = nn.Sequential(dense(EMBEDDING, width), nn.SiLU(), dense(width, width))
+        self.layers = nn.ModuleList(
+            nn.Sequential(nn.SiLU(), dense(width, width)) for _ in range(depth)
+        )
+        self.out = nn.Sequential(nn.SiLU(), dense(width, 1))
+
+    def forward(self, z: Tensor, t: Tensor) -> Tensor:
+        """z (B, \\*shape), t (B,) -> f (B, 1)."""
+        y = self.input(z.flatten(1)) + self.time(time_embedding(t).to(z.dtype))
+        for layer in self.layers:
+            y = y + layer(y)
+        return self.out(y)
+
+
+class EnergyNets(nn.Module):
+    """One network per layer; the state dict keys are `netE{i}.<key>`, 0 = top.
+
+    Args:
+        nets: modules (z_i, t) -> (B, 1), top layer first.
+    """
+
+    def __init__(self, nets: Iterable[nn.Module]) -> None:
+        super().__init__()
+        for i, net in enumerate(nets):
+            self.add_module(f"netE{i}", net)
+
+    @classmethod
+    def build(cls, config: PriorConfig) -> EnergyNets:
+        """Fresh networks as a prior's configuration asks for."""
+        width, sn = config.width, config.spectral_norm
+        if config.network == "mlp":
+            return cls(MLPEnergy(shape, width, config.depth, sn) for shape in config.shapes)
+        variant = {"residual": ResidualEnergy, "conv": ConvEnergy}[config.network]
+        return cls(variant(shape, width, sn) for shape in config.shapes)
+
+    def layer(self, i: int) -> nn.Module:
+        """The network of layer i."""
+        return self.get_submodule(f"netE{i}")
+
+    def forward(self, z: Sequence[Tensor], t: Tensor) -> Tensor:
+        """z: one (B, \\*shape) per layer, t (B,) -> the f_i, (B, L)."""
+        nets = self.children()
+        return torch.cat([net(part, t) for net, part in zip(nets, z, strict=True)], dim=1)

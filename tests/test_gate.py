@@ -139,7 +139,9 @@ def words_of(line: str) -> list[str]:
 
 
 def program(words: list[str]) -> tuple[list[str], list[str]]:
-    """What a command line starts, as words for `python -m`, and the arguments that go to it."""
+    """What of ours a command line starts, as words for `python -m`, and its arguments."""
+    if not words:
+        return [], []
     if words[0] == "ebm-prior":
         words = ["python", "-m", "ebm_prior", *words[1:]]
     if words[0] == "bash":
@@ -148,16 +150,18 @@ def program(words: list[str]) -> tuple[list[str], list[str]]:
         if script.startswith("scripts/train_ebm_"):
             own[script] = "train"
         return (["ebm_prior", own[script]], words[2:]) if script in own else ([], [])
-    if words[0] not in ("python", "python3", "torchrun") or "-m" not in words:
+    modules = [k + 1 for k, word in enumerate(words[:-1]) if word == "-m"]
+    ours = [k for k in modules if words[k].split(".")[0] in PACKAGES]
+    if words[0] not in ("python", "python3", "torchrun") or not ours:
         return [], []
-    words = words[words.index("-m") + 1 :]
+    words = words[ours[0] :]
     if words[0] == "ebm_prior" and len(words) > 1 and not words[1].startswith("-"):
         return words[:2], words[2:]
     return words[:1], words[1:]
 
 
 def test_readme_shows_commands():
-    started = [program(words_of(line))[0] for line in readme_commands() if words_of(line)]
+    started = [program(words_of(line))[0] for line in readme_commands()]
     assert ["nvae.evaluate"] in started
     assert ["ebm_prior", "train"] in started
 
@@ -165,15 +169,15 @@ def test_readme_shows_commands():
 @pytest.mark.parametrize("line", readme_commands())
 def test_a_command_in_readme_exists_and_knows_its_flags(line):
     words = words_of(line)
-    if words[0] == "bash":
+    if words[:1] == ["bash"]:
         assert (ROOT / words[1]).is_file()
-    if words[0] == "make":
+    if words[:1] == ["make"]:
         assert re.search(rf"^{words[1]}:", (ROOT / "Makefile").read_text(), re.MULTILINE)
     command, arguments = program(words)
+    if words[:2] == ["python", "-m"] and not command:
+        assert words[2] in ("pip", "venv", "pytest")
     if not command:
         return
-    if command[0] not in PACKAGES and command[0].split(".")[0] not in PACKAGES:
-        pytest.fail(f"README starts {command[0]}, which is no module of this repository")
     assert help_of(*command).returncode == 0, help_of(*command).stderr
     given = {word.split("=")[0] for word in arguments if re.match(r"--?[A-Za-z]", word)}
     assert given - flags_of(*command) == set()

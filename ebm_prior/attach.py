@@ -1,0 +1,130 @@
+"""Put a prior into a model's `sample`: the one hook, for our model or a live upstream one.
+
+ebm_prior.attach(vae, "prior.safetensors")   # from now on vae.sample(n, t) draws from it
+del vae.sample                               # and now from the Gaussian prior again
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Mapping
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ebm_prior import checkpoint
+from ebm_prior.backbones.nvae import NVAEBackbone
+from ebm_prior.prior import EBMPrior
+from nvae.arch import ModelConfig
+from nvae.model import AutoEncoder
+
+
+def attach(
+    model: nn.Module,
+    prior: str | os.PathLike[str] | EBMPrior,
+    *,
+    args: Mapping[str, Any] | argparse.Namespace | None = None,
+) -> EBMPrior:
+    """Replace `model.sample(num_samples, t)` on this instance by draws from the prior.
+
+    Like upstream's it returns logits, and t is the temperature; it enters in the last map only.
+    While the model is in training mode (re-adjustment of BatchNorm) it stays the Gaussian one.
+    Statistics re-adjusted after `attach` replace those that came with the prior. Attaching again
+    replaces the prior; `del model.sample` detaches it.
+
+    Args:
+        model: our `AutoEncoder`, or any live module with NVAE's state dict and `sample`.
+        prior: a file, or a prior in memory.
+        args: the `args` of the model's checkpoint; needed unless the model is ours.
+
+    Returns:
+        The prior as attached, on a view of the model: its energies are those of a prior given.
+
+    Raises:
+        ValueError: a prior made for another backbone, or a model that is not what `args` say.
+    """
+    backbone = NVAEBackbone(model, config=_config(model, args))
+    if isinstance(prior, EBMPrior):
+        attached = _on(backbone, prior)
+    else:
+        attached = checkpoint.load(prior, backbone)
+    sample: Any = model.sample
+    sample = AttachedSample(model, attached, getattr(sample, "gaussian", sample))
+    model.sample = sample
+    return attached
+
+
+class AttachedSample:
+    """What stands in for `model.sample`; `gaussian` is the method it stands for."""
+
+    def __init__(self, model: nn.Module, prior: EBMPrior, gaussian: Callable[..., Tensor]) -> None:
+        self.model, self.prior, self.gaussian = model, prior, gaussian
+        self._batches_seen = _batches_seen(model)
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        num_samples: int,
+        t: float,
+        *,
+        generator: torch.Generator | None = None,
+        **others: Any,
+    ) -> Tensor:
+        """Logits of `num_samples` images at temperature t."""
+        if self.model.training or others:  # `others`: what only the model knows, a given u
+            if generator is not None:
+                others["generator"] = generator
+            return self.gaussian(num_samples, t, **others)
+        backbone = self.prior.backbone
+        assert isinstance(backbone, NVAEBackbone)
+        if backbone.bn_statistics and _batches_seen(self.model) != self._batches_seen:
+            # The user asked for a re-adjustment after attaching: it wins over the file's.
+            backbone.bn_statistics = None
+        with torch.inference_mode(False), torch.autocast(backbone.device.type, enabled=False):
+            backbone.refresh()
+            self.prior.to(backbone.device)
+            u = self.prior.sample_u(num_samples, generator=generator)
+            return backbone.logits(u, t)
+
+
+def _config(model: nn.Module, args: Mapping[str, Any] | argparse.Namespace | None) -> ModelConfig:
+    if isinstance(model, AutoEncoder):
+        return model.config
+    if args is None:
+        raise ValueError(
+            f"{type(model).__name__} is not an nvae.AutoEncoder: give attach(..., args=...), the"
+            " `args` of the checkpoint it was loaded from, to say what it is"
+        )
+    return ModelConfig.from_args(vars(args) if isinstance(args, argparse.Namespace) else args)
+
+
+def _on(backbone: NVAEBackbone, prior: EBMPrior) -> EBMPrior:
+    """The same energies on another view of the same weights."""
+    given = prior.backbone
+    checkpoint.check_fingerprint(
+        "the prior", checkpoint.backbone_fingerprint(given), backbone.fingerprint()
+    )
+    if isinstance(given, NVAEBackbone):
+        backbone = backbone.with_bn_statistics(given.bn_statistics)
+    attached = EBMPrior(backbone, prior.config)
+    attached.energies = prior.energies
+    return attached
+
+
+def _batches_seen(model: nn.Module) -> list[int]:
+    """How many batches each BatchNorm layer has been trained on: a re-adjustment moves some."""
+    counters = [b for name, b in model.named_buffers() if name.endswith("num_batches_tracked")]
+    return torch.stack(counters).tolist() if counters else []
+
+
+class _CallableModule(ModuleType):
+    """`ebm_prior.attach` is this module as soon as somebody imports it; calling it works too."""
+
+    __call__ = staticmethod(attach)
+
+
+sys.modules[__name__].__class__ = _CallableModule

@@ -1,0 +1,199 @@
+"""NVAE as a backbone: the map between x, u and z of a frozen `nvae.AutoEncoder`.
+
+The contract's u-space (paper, Sec. 3.1): z_i = mu_i(z above) + temperature * sigma_i(z above) u_i.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ebm_prior.backbones.base import Moments
+from ebm_prior.checkpoint import fingerprint
+from ebm_prior.latents import Layout
+from nvae.arch import ModelConfig
+from nvae.distributions import Normal
+from nvae.model import AutoEncoder, Choose
+
+
+class NVAEBackbone:
+    """A frozen view of a model: the same memory, no gradient to it, always in eval mode.
+
+    The model itself keeps its mode and its `requires_grad`. Its BatchNorm statistics are seen as
+    they are, also after a re-estimation, unless statistics of our own are given: those of a
+    re-estimation belong to the map T that a prior was trained for.
+
+    Args:
+        model: the live model: an `nvae.AutoEncoder`, or any module with NVAE's state dict.
+        bn_statistics: entries `<layer>.running_mean`, `.running_var`, `.num_batches_tracked` of
+            its state dict, to use in place of the model's.
+        config: what the model is; None asks the model, which is then to be an `AutoEncoder`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        bn_statistics: Mapping[str, Tensor] | None = None,
+        *,
+        config: ModelConfig | None = None,
+    ) -> None:
+        if config is None:
+            if not isinstance(model, AutoEncoder):
+                raise ValueError(
+                    "expected an nvae.AutoEncoder or an object with the Backbone methods, got"
+                    f" {type(model).__name__}; for a live upstream model use ebm_prior.attach"
+                )
+            config = model.config
+        self.live, self.config = model, config
+        self.model = _view(model, config)
+        self.layout = Layout(tuple(config.latent_shapes))
+        self.bn_statistics = _checked(self.model, bn_statistics)
+        self.refresh()
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.prior_ftr0.device
+
+    def fingerprint(self) -> str:
+        """The parameters' name: `ebm_prior.checkpoint.fingerprint`."""
+        return fingerprint(self.model.state_dict())
+
+    def with_bn_statistics(self, statistics: Mapping[str, Tensor] | None) -> NVAEBackbone:
+        """A view of the same model with other BatchNorm statistics, or its own again (None)."""
+        return NVAEBackbone(self.live, statistics, config=self.config)
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Look at the live model's tensors again: it may have replaced them, or moved."""
+        now = self.live.state_dict() | dict(self.bn_statistics or {})
+        device = now["prior_ftr0"].device
+        for layer, module in self.model.named_modules(remove_duplicate=False):
+            prefix = f"{layer}." if layer else ""
+            for name, parameter in module.named_parameters(recurse=False):
+                if not _same(parameter, now[prefix + name]):
+                    parameter.data = now[prefix + name]
+            for name, buffer in module.named_buffers(recurse=False):
+                # The masks of the flows are in no state dict: those of the view stay, and move.
+                current = now.get(prefix + name, buffer).to(device)
+                if not _same(buffer, current):
+                    setattr(module, name, current)
+
+    @torch.no_grad()
+    def infer(
+        self,
+        x: Tensor,
+        generator: torch.Generator | None = None,
+        *,
+        eps: Sequence[Tensor] | None = None,
+    ) -> Tensor:
+        """Draw from the posterior and standardise, in one pass.
+
+        .. math:: u_i = (z_i - \\mu_i) / \\sigma_i
+
+        with z_i after the normalising flows, mu_i and sigma_i the prior's at temperature 1.
+
+        Args:
+            x: (B, C, H, W) in [0, 1].
+            eps: the noise, one (B, ...) tensor per layer; None draws it.
+
+        Returns:
+            u, (B, D).
+        """
+        posterior = self.model.posterior_choice(
+            self.model.encode(x), eps=None if eps is None else list(eps), generator=generator
+        )
+        u: list[Tensor] = []
+
+        def choose(i: int, prior: Normal, h: Tensor | None) -> Tensor:
+            z = posterior(i, prior, h)
+            u.append((z - prior.mean) / prior.std)
+            return z
+
+        self.model.walk(len(x), choose, image=False)
+        return self.layout.join(u)
+
+    def to_z(self, u: Tensor, temperature: float = 1.0) -> list[Tensor]:
+        """T, differentiable in u; the walk ends at the last latent, no image is made."""
+        z: list[Tensor] = []
+        self.model.walk(len(u), self._given(u, temperature, z), image=False)
+        return z
+
+    @torch.no_grad()
+    def to_u(self, z: Sequence[Tensor]) -> Tensor:
+        """T^-1: no temperature, moments computed from the given z."""
+        pairs = zip(z, self.moments(z), strict=True)
+        return self.layout.join([(z_i - layer.mean) / layer.std for z_i, layer in pairs])
+
+    def moments(self, z: Sequence[Tensor]) -> list[Moments]:
+        """Per layer the prior's moments, and the decoder state before z_i is added."""
+        found: list[Moments] = []
+
+        def choose(i: int, prior: Normal, h: Tensor | None) -> Tensor:
+            found.append(Moments(prior.mean, prior.std, h))
+            return z[i]
+
+        self.model.walk(len(z[0]), choose, image=False)
+        return found
+
+    def logits(self, u: Tensor, temperature: float = 1.0) -> Tensor:
+        """The decoder's raw output at T(u), differentiable in u."""
+        logits = self.model.walk(len(u), self._given(u, temperature, []))
+        assert logits is not None
+        return logits
+
+    @torch.no_grad()
+    def decode(
+        self, u: Tensor, temperature: float = 1.0, generator: torch.Generator | None = None
+    ) -> Tensor:
+        """One draw of the decoder's distribution, clamped to [0, 1]; Bernoulli: its mean."""
+        output = self.model.decoder_output(self.logits(u, temperature))
+        if self.config.data.output == "bernoulli":
+            return output.mean()
+        return output.sample(generator=generator).clamp(0.0, 1.0)
+
+    def _given(self, u: Tensor, temperature: float, z: list[Tensor]) -> Choose:
+        """A `choose` that takes z_i from u and notes it in `z`."""
+        parts = self.layout.split(u)
+
+        def choose(i: int, prior: Normal, h: Tensor | None) -> Tensor:
+            z.append(prior.mean + temperature * prior.std * parts[i])
+            return z[-1]
+
+        return choose
+
+
+def _view(live: nn.Module, config: ModelConfig) -> AutoEncoder:
+    """A module tree of ours around the live model's tensors; nothing in it asks for a gradient."""
+    with torch.device("meta"):
+        view = AutoEncoder(config)
+    try:
+        view.load_state_dict(live.state_dict(), assign=True)
+    except RuntimeError as error:
+        raise ValueError(
+            f"the live {type(live).__name__} is not the model that its arguments describe"
+            f" ({' '.join(str(error).split())[:300]}); give the args of its own checkpoint"
+        ) from None
+    return view.requires_grad_(False).eval()
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() and a.device == b.device
+
+
+def _checked(
+    model: AutoEncoder, statistics: Mapping[str, Tensor] | None
+) -> dict[str, Tensor] | None:
+    """Our own copies of the statistics."""
+    if statistics is None:
+        return None
+    buffers = dict(model.named_buffers())
+    for key, value in statistics.items():
+        if key not in buffers or buffers[key].shape != value.shape:
+            has = tuple(buffers[key].shape) if key in buffers else "no such buffer"
+            raise ValueError(
+                f"BatchNorm statistics {key} have shape {tuple(value.shape)}, the model has {has};"
+                " they belong to another backbone"
+            )
+    return {key: value.detach().clone() for key, value in statistics.items()}

@@ -1,0 +1,342 @@
+"""A prior's file: one `.safetensors` that says for which backbone it was made.
+
+Tensors: `netE{i}.<key>`, the energy of layer i (0 = top), and, if BatchNorm was re-estimated for
+the training, `bn.<key>`: those statistics belong to the map T and are used with this prior.
+Metadata: `format`, `config` (JSON), `fingerprint`, `step`, `version`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ebm_prior._version import __version__
+from ebm_prior.backbones.base import Backbone
+from ebm_prior.energy import EnergyNets
+from ebm_prior.files import written_whole
+from ebm_prior.prior import EBMPrior, PriorConfig
+
+FORMAT = 1
+BN = "bn."
+BN_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+# Old files lack the alias, and re-estimation changes the buffers: neither is the backbone's name.
+NOT_FINGERPRINTED = {"weight_normalized", *BN_BUFFERS}
+Path_ = str | os.PathLike[str]
+
+
+def fingerprint(state_dict: Mapping[str, Tensor]) -> str:
+    """Name a backbone: sha256 over its parameters' names, shapes and float32 bytes, sorted."""
+    digest = hashlib.sha256()
+    for name in sorted(state_dict):
+        if name.rpartition(".")[2] in NOT_FINGERPRINTED:
+            continue
+        value = state_dict[name].detach().to("cpu", torch.float32).contiguous()
+        digest.update(f"{name} {tuple(value.shape)}\n".encode())
+        digest.update(value.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def backbone_fingerprint(backbone: Backbone) -> str:
+    """Its own `fingerprint()` if it has one, else that of its `state_dict()`, else "none"."""
+    own = getattr(backbone, "fingerprint", None)
+    if own is not None:
+        return str(own())
+    return fingerprint(backbone.state_dict()) if isinstance(backbone, nn.Module) else "none"
+
+
+def check_fingerprint(name: str, trained_on: str, given: str) -> None:
+    """Refuse a prior of another backbone: its energies mean nothing there.
+
+    Raises:
+        ValueError: with both fingerprints.
+    """
+    if trained_on != given:
+        raise ValueError(
+            f"{name} was trained on the backbone {trained_on}, got the backbone {given};"
+            " give it the checkpoint it was trained on, or train a prior for this one"
+        )
+
+
+@dataclass(frozen=True)
+class PriorFile:
+    """What a prior's file holds, checked: finite tensors, names and shapes as the config says."""
+
+    config: PriorConfig
+    energies: dict[str, Tensor]
+    bn_statistics: dict[str, Tensor] | None
+    fingerprint: str
+    step: int
+    version: str
+
+
+def save(
+    path: Path_,
+    prior: EBMPrior,
+    *,
+    fingerprint: str | None = None,
+    bn_statistics: Mapping[str, Tensor] | None = None,
+    step: int = 0,
+) -> None:
+    """Write the prior; the file appears whole or not at all.
+
+    Args:
+        fingerprint: of the backbone as read from its file; None computes it from the prior's.
+        bn_statistics: state-dict entries of re-estimated BatchNorm layers, if there are any.
+    """
+    tensors = dict(prior.energies.state_dict())
+    tensors |= {BN + key: value for key, value in (bn_statistics or {}).items()}
+    metadata = {
+        "format": str(FORMAT),
+        "config": json.dumps(prior.config.to_dict()),
+        "fingerprint": fingerprint or backbone_fingerprint(prior.backbone),
+        "step": str(step),
+        "version": __version__,
+    }
+    with written_whole(path) as temporary:
+        save_file(
+            {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, temporary, metadata
+        )
+
+
+def read(path: Path_) -> PriorFile:
+    """Read and check a prior's file without a backbone.
+
+    Raises:
+        ValueError: one line: what is wrong, what was expected, what to do.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; expected a prior written by `ebm_prior train`")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{path}: not a whole .safetensors file ({_one_line(error)}); copy it again, or"
+            " import the authors' files with `ebm_prior convert`"
+        ) from None
+    number = metadata.get("format", "none")
+    if number != str(FORMAT):
+        raise ValueError(
+            f"{path}: format number {number[:40]}, expected {FORMAT}; not a prior of this"
+            " package, or one of a newer version: update nvae-ebm-prior"
+        )
+    try:
+        config = PriorConfig.from_dict(json.loads(metadata["config"]))
+        name, step = metadata["fingerprint"], int(metadata["step"])
+    except KeyError as error:
+        raise ValueError(f"{path}: its metadata lacks {error}; write it with save()") from None
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path}: unreadable metadata: {_one_line(error)}") from None
+    energies = {k: v for k, v in tensors.items() if not k.startswith(BN)}
+    statistics = {k.removeprefix(BN): v for k, v in tensors.items() if k.startswith(BN)}
+    _check_tensors(str(path), config, energies)
+    _check_finite(str(path), statistics)
+    return PriorFile(
+        config, energies, statistics or None, name, step, metadata.get("version", "unknown")
+    )
+
+
+def load(path: Path_, vae_or_backbone: Any) -> EBMPrior:
+    """Read a prior for a backbone: an `nvae` model, or anything with the `Backbone` methods.
+
+    Raises:
+        ValueError: a file that is broken, or made for another backbone.
+    """
+    file = read(path)
+    backbone = _with_statistics(vae_or_backbone, file.bn_statistics)
+    check_fingerprint(str(path), file.fingerprint, backbone_fingerprint(backbone))
+    check_layout(str(path), file.config, backbone)
+    return assemble(backbone, file.config, file.energies)
+
+
+def assemble(backbone: Backbone, config: PriorConfig, energies: Mapping[str, Tensor]) -> EBMPrior:
+    """A prior in eval mode from checked tensors, on the backbone's device if it names one."""
+    with torch.random.fork_rng(devices=[]):  # initial weights must not cost the caller's draws
+        prior = EBMPrior(backbone, config)
+    prior.energies.load_state_dict(dict(energies))
+    return prior.to(getattr(backbone, "device", torch.device("cpu"))).eval()
+
+
+def check_layout(name: str, config: PriorConfig, backbone: Backbone) -> None:
+    """Refuse a prior whose latent shapes are not the backbone's."""
+    if tuple(config.shapes) != tuple(backbone.layout.shapes):
+        raise ValueError(
+            f"{name} is for latents {_shapes(config.shapes)}, the backbone has"
+            f" {_shapes(backbone.layout.shapes)}; give it the backbone it was trained on"
+        )
+
+
+def import_authors(
+    path: Path_, backbone: Backbone, settings: Mapping[str, Any] | None = None
+) -> EBMPrior:
+    """Import energy networks of the authors' release, a dictionary of `netE{i}` and `opt{i}`.
+
+    Which network, its width, spectral normalisation and latent shapes are read off the keys
+    (the file holds no configuration); `opt{i}` is left behind.
+
+    Args:
+        settings: what the keys cannot say: `max_T`, `num_steps`, `b2`, `preset`, ... of
+            `PriorConfig`.
+    """
+    path = Path(path)
+    networks = _authors_networks(path)
+    kinds = [_Kind.of(f"{path}, netE{i}", network) for i, network in enumerate(networks)]
+    if len({(k.network, k.width, k.spectral_norm) for k in kinds}) > 1:
+        raise ValueError(f"{path}: its layers differ in kind or width: {kinds}; expected one kind")
+    config = PriorConfig(
+        **{
+            **dict(settings or {}),
+            "shapes": tuple(k.shape for k in kinds),
+            "network": kinds[0].network,
+            "width": kinds[0].width,
+            "spectral_norm": kinds[0].spectral_norm,
+        }
+    )
+    energies = {f"netE{i}.{key}": v for i, net in enumerate(networks) for key, v in net.items()}
+    check_layout(str(path), config, backbone)
+    _check_tensors(str(path), config, energies)
+    return assemble(backbone, config, energies)
+
+
+@dataclass(frozen=True)
+class _Kind:
+    """What the keys of one of the authors' networks say about it (side h is square there)."""
+
+    network: str
+    width: int
+    spectral_norm: bool
+    shape: tuple[int, int, int]
+
+    @staticmethod
+    def of(name: str, network: Mapping[str, Tensor]) -> _Kind:
+        def count(pattern: str) -> int:
+            found = (re.match(pattern, key) for key in network)
+            return len({match.group(1) for match in found if match})
+
+        def kernel(layer: str) -> Tensor:
+            value = network.get(f"{layer}.weight_orig", network.get(f"{layer}.weight"))
+            if value is None or value.ndim != 4:
+                raise ValueError(f"{name}: expected a convolution {layer}; not a netE file?")
+            return value
+
+        spectral_norm = "out.1.weight_orig" in network
+        if any(key.startswith("conv_start.") for key in network):
+            width, channels = kernel("conv_start").shape[:2]
+            blocks = count(r"res_blocks\.(\d+)\.")
+            return _Kind("residual", width, spectral_norm, (channels, *_square(4 << blocks)))
+        first = "conv2d.conv1" if count(r"conv2d\.conv(1)\.") else "downsample"
+        stages = count(r"conv2d\.conv(\d+)\.")
+        width, channels = kernel("downsample").shape[0], kernel(first).shape[1]
+        return _Kind("conv", width, spectral_norm, (channels, *_square(8 << stages)))
+
+
+def _authors_networks(path: Path) -> list[dict[str, Tensor]]:
+    if not path.is_file():
+        raise ValueError(f"{path}: no such file; expected the authors' netE{{i}} checkpoint")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(
+            f"{path}: not a whole PyTorch file of plain tensors ({_one_line(error)});"
+            " copy it again; files that run code when read are not accepted"
+        ) from None
+    keys = sorted(content, key=str) if isinstance(content, dict) else []
+    layers = sum(bool(re.fullmatch(r"netE\d+", str(key))) for key in keys)
+    wanted = [f"netE{i}" for i in range(layers)]
+    if not layers or not all(isinstance(content.get(key), dict) for key in wanted):
+        raise ValueError(
+            f"{path}: holds {', '.join(map(str, keys[:8])) or type(content).__name__}, expected"
+            " state dicts netE0, netE1, ... without a gap; is it the authors' energy checkpoint?"
+        )
+    networks = [
+        {str(key).removeprefix("module."): value for key, value in content[name].items()}
+        for name in wanted
+    ]
+    for name, network in zip(wanted, networks, strict=True):
+        if not all(isinstance(value, Tensor) for value in network.values()):
+            raise ValueError(f"{path}, {name}: holds things that are not tensors")
+    return networks
+
+
+def _check_tensors(name: str, config: PriorConfig, energies: Mapping[str, Tensor]) -> None:
+    """Names, shapes and values against networks built without memory: a claimed width is free."""
+    if len(config.shapes) > len(energies) or config.depth > len(energies):
+        raise ValueError(
+            f"{name}: {len(energies)} tensors for {len(config.shapes)} layers of depth"
+            f" {config.depth}; the file is not whole"
+        )
+    try:
+        with torch.device("meta"):
+            expected = EnergyNets.build(config).state_dict()
+    except (RuntimeError, OverflowError) as error:
+        raise ValueError(f"{name}: impossible networks: {_one_line(error)}") from None
+    missing, unknown = sorted(expected.keys() - energies), sorted(energies.keys() - expected)
+    if missing or unknown:
+        raise ValueError(
+            f"{name}: {len(missing)} tensors are missing ({_few(missing)}) and {len(unknown)}"
+            f" are unknown ({_few(unknown)}) for a {config.network!r} network of width"
+            f" {config.width}"
+        )
+    for key, value in energies.items():
+        if value.shape != expected[key].shape:
+            raise ValueError(
+                f"{name}: {key} has shape {tuple(value.shape)}, expected"
+                f" {tuple(expected[key].shape)}; the file's config and tensors disagree"
+            )
+    _check_finite(name, energies)
+
+
+def _check_finite(name: str, tensors: Mapping[str, Tensor]) -> None:
+    for key, value in tensors.items():
+        if not torch.isfinite(value).all():
+            raise ValueError(
+                f"{name}: {key} holds NaN or infinite values, expected finite ones; the training"
+                " blew up: go back to an earlier file"
+            )
+
+
+def _with_statistics(given: Any, statistics: dict[str, Tensor] | None) -> Backbone:
+    """The backbone that uses the file's BatchNorm statistics, if the file holds any."""
+    if not hasattr(given, "infer"):
+        # Late, so that a prior on a backbone of one's own never imports `nvae`.
+        from ebm_prior.backbones.nvae import NVAEBackbone
+
+        return NVAEBackbone(given, statistics)
+    if statistics is None:
+        return given
+    use: Callable[..., Backbone] | None = getattr(given, "with_bn_statistics", None)
+    if use is None:
+        raise ValueError(
+            f"the prior holds BatchNorm statistics, but {type(given).__name__} has no method"
+            " with_bn_statistics to take them; add it, or train without re-estimation"
+        )
+    return use(statistics)
+
+
+def _square(side: int) -> tuple[int, int]:
+    return side, side
+
+
+def _shapes(shapes: Any) -> str:
+    return ", ".join("x".join(map(str, shape)) for shape in shapes)
+
+
+def _few(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "") or "none"
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -12,17 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def normalised(weight: Tensor, log_weight_norm: Tensor) -> Tensor:
-    r"""The kernel of a weight-normalised convolution (contract 1.1).
+def normalised(kernel: Tensor, log_norm: Tensor) -> Tensor:
+    r"""The effective kernel of a weight-normalised convolution (contract 1.1).
 
     .. math:: W_{eff} = e^{g} \, W / (\|W\| + 10^{-5})
 
-    The norm is taken per output channel: over all but the first dimension, or, for a stack
-    of kernels (with `log_weight_norm` (n, C_out, 1, 1, 1)), all but the first two.
+    Args:
+        kernel: (..., C_out, rest); the norm is taken per output channel.
+        log_norm: g, (..., C_out).
     """
-    dims = tuple(range(log_weight_norm.ndim - 3, weight.ndim))
-    norm = torch.linalg.vector_norm(weight, dim=dims, keepdim=True)
-    return log_weight_norm.exp() * weight / (norm + 1e-5)
+    norm = torch.linalg.vector_norm(kernel, dim=-1, keepdim=True)
+    return log_norm.exp().unsqueeze(-1) * kernel / (norm + 1e-5)
 
 
 class Conv2d(nn.Conv2d):
@@ -43,7 +43,8 @@ class Conv2d(nn.Conv2d):
         return (norm + 1e-2).log()
 
     def effective_weight(self) -> Tensor:
-        return normalised(self.kernel, self.log_weight_norm)
+        kernel = normalised(self.kernel.flatten(1), self.log_weight_norm.flatten())
+        return kernel.view_as(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         return self._conv_forward(x, self.effective_weight(), self.bias)
@@ -62,8 +63,8 @@ class DataInitConv2d(Conv2d):
 
     @torch.no_grad()
     def _initialise(self, x: Tensor) -> None:
-        kernel = normalised(self.weight, torch.zeros_like(self.log_weight_norm))
-        out = self._conv_forward(x, kernel, None).float()
+        kernel = normalised(self.weight.flatten(1), self.weight.new_zeros(self.out_channels))
+        out = self._conv_forward(x, kernel.view_as(self.weight), None).to(self.weight.dtype)
         mean, std = out.mean(dim=(0, 2, 3)), 5 * out.std(dim=(0, 2, 3))
         if _several_processes():
             both = torch.stack([mean, std])

@@ -53,7 +53,7 @@ def draw(model: AutoEncoder, count: int, temperature: float, generator: Generato
     with torch.no_grad():
         logits = model.sample(count, temperature, generator=generator)
         output = model.decoder_output(logits)
-        bernoulli = model.config.output == "bernoulli"
+        bernoulli = model.config.data.output == "bernoulli"
         images = output.mean() if bernoulli else output.sample(generator=generator)
     images = images.float().cpu()
     bad = (~torch.isfinite(images)).flatten(1).any(1)

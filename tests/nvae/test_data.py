@@ -217,7 +217,7 @@ def test_a_cut_batch_and_a_cut_pack_are_refused_by_name(tmp_path):
     (tmp_path / "test_batch").unlink()
     write_pack(tmp_path / "cifar10-test-x.npz", noise(5, 32, 32, 3), np.zeros(5))
     os.truncate(tmp_path / "cifar10-test-x.npz", 4000)
-    with pytest.raises(ValueError, match="cifar10-test-x.npz is no CIFAR-10 pack"):
+    with pytest.raises(ValueError, match=r"cifar10-test-x\.npz is no CIFAR-10 pack"):
         data.load("cifar10", tmp_path, False)
 
 

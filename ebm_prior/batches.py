@@ -1,0 +1,60 @@
+"""Batches of images, in an order that depends on seed and epoch alone, from any batch on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from ebm_prior import parallel
+
+
+def seeded(device: torch.device | str, *key: int) -> torch.Generator:
+    """A generator whose numbers belong to this key and to no other."""
+    (state,) = np.random.SeedSequence(key).generate_state(1, np.uint64)
+    return torch.Generator(device).manual_seed(int(state) % 2**63)
+
+
+class Batches:
+    """A data set, shuffled anew each epoch, dealt out to the processes; the remainder is dropped.
+
+    Args:
+        dataset: of images (C, H, W), with a length.
+        batch_size: images per process and step.
+        workers: processes that read ahead; the order does not depend on them.
+    """
+
+    def __init__(
+        self, dataset: Dataset[Tensor], batch_size: int, *, seed: int = 0, workers: int = 0
+    ) -> None:
+        self.dataset, self.batch_size, self.seed, self.workers = dataset, batch_size, seed, workers
+        sized: Any = dataset  # `Dataset` promises no length, those with positions have one
+        self.images = len(sized)
+        if not len(self):
+            raise ValueError(
+                f"the data set has {self.images} images, fewer than one batch of {batch_size} for"
+                f" each of {parallel.world_size()} processes; lower --batch_size"
+            )
+
+    def __len__(self) -> int:
+        """Batches per epoch of one process."""
+        return self.images // (self.batch_size * parallel.world_size())
+
+    def epoch(self, number: int, start: int = 0) -> Iterator[Tensor]:
+        """This process's batches of an epoch, (batch_size, C, H, W), from batch `start` on."""
+        order = torch.randperm(self.images, generator=seeded("cpu", self.seed, number))
+        mine = order[parallel.rank() :: parallel.world_size()]
+        batches = mine[: len(self) * self.batch_size].split(self.batch_size)[start:]
+        return iter(
+            DataLoader(
+                self.dataset,
+                batch_sampler=[batch.tolist() for batch in batches],
+                num_workers=self.workers,
+                # Seeds the workers; without it the loader would draw from PyTorch's own generator.
+                generator=seeded("cpu", self.seed, number, parallel.rank()),
+            )
+        )

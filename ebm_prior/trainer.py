@@ -1,0 +1,423 @@
+"""Algorithm 1: train the energies of a prior on a frozen backbone (paper, Section 3.2)."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ebm_prior import checkpoint, parallel, run_state
+from ebm_prior.batches import seeded
+from ebm_prior.ema import Average
+from ebm_prior.files import written_whole
+from ebm_prior.guard import Guard, Limits, Measured
+from ebm_prior.interrupt import Interrupt
+from ebm_prior.prior import EBMPrior
+from ebm_prior.run_log import RunLog
+
+PRIOR = "prior.safetensors"
+GRID_KEY = 2**31  # the pictures' noise: a process's own noise has its rank in this place
+# What may change between a run and its continuation without making another run of it.
+FREE = ("guard", "log_every", "save_every", "grid_every", "grid_size")
+
+Show = Callable[[Path, Tensor, str], "np.ndarray | None"]
+
+
+class Source(Protocol):
+    """Where images come from; `ebm_prior.batches.Batches` is one."""
+
+    def __len__(self) -> int:
+        """Batches per epoch."""
+        ...
+
+    def epoch(self, number: int, start: int = 0) -> Iterator[Tensor]:
+        """The batches (B, C, H, W) of an epoch from batch `start` on."""
+        ...
+
+
+@dataclass(frozen=True)
+class TrainSettings:
+    """How a prior is trained. The defaults are the published CIFAR-10 settings.
+
+    Attributes:
+        iterations: steps; a step that the guard undoes counts.
+        lr_schedule: `epoch`: lr * lr_decay ** epoch; `linear`: from lr down to lr * lr_decay.
+        weight_decay: coupled, added to the gradient.
+        ema: decay of the averaged weights that are saved and sampled; 0 is off, as published.
+        grad_clip: largest norm of the gradient; 0 is off.
+        squared_penalty: weight of f(u-)^2 + f(u+)^2 in the loss.
+        guard_difference: limit of |mean f(u-) - f(u+)|; None chooses one for the prior.
+        guard_u_std: limit of the deviation of the negatives.
+        guard_every: steps between states to go back to.
+        max_halvings: times the learning rate is halved before training gives up.
+        save_every: steps between saves; grid_every: between pictures of grid_size samples.
+    """
+
+    iterations: int
+    lr: float = 4e-5
+    beta1: float = 0.99
+    beta2: float = 0.999
+    weight_decay: float = 3e-5
+    lr_schedule: str = "epoch"
+    lr_decay: float = 0.9
+    ema: float = 0.0
+    grad_clip: float = 0.0
+    squared_penalty: float = 0.0
+    seed: int = 0
+    guard_difference: float | None = None
+    guard_u_std: float = Limits.u_std
+    guard_every: int = 50
+    max_halvings: int = 5
+    log_every: int = 10
+    save_every: int = 500
+    grid_every: int = 500
+    grid_size: int = 16
+
+    def __post_init__(self) -> None:
+        if self.lr_schedule not in ("epoch", "linear"):
+            raise ValueError(f"lr_schedule is {self.lr_schedule!r}, expected epoch or linear")
+        for name, low, high in (
+            ("iterations", 1, math.inf),
+            ("lr", 0, math.inf),
+            ("beta1", 0, 1),
+            ("beta2", 0, 1),
+            ("weight_decay", 0, math.inf),
+            ("lr_decay", 0, 1),
+            ("ema", 0, 1),
+            ("grad_clip", 0, math.inf),
+            ("squared_penalty", 0, math.inf),
+            ("seed", 0, 2**63),
+            ("guard_difference", 1e-9, math.inf),
+            ("guard_u_std", 1.01, math.inf),
+            ("guard_every", 1, math.inf),
+            ("max_halvings", 0, 1000),
+            ("log_every", 1, math.inf),
+            ("save_every", 1, math.inf),
+            ("grid_every", 0, math.inf),
+            ("grid_size", 1, 4096),
+        ):
+            value = getattr(self, name)
+            if value is None and name == "guard_difference":
+                continue
+            open_end = name in ("beta1", "beta2", "ema")
+            if not (low <= value <= high) or (open_end and value == high):
+                raise ValueError(
+                    f"{name} is {value}, expected {low:g} to {high:g}"
+                    + (", the end excluded" if open_end else "")
+                )
+
+    def lr_at(self, step: int, batches_per_epoch: int) -> float:
+        """Learning rate of a step, counted from 0."""
+        if self.lr_schedule == "epoch":
+            return self.lr * self.lr_decay ** (step // batches_per_epoch)
+        return self.lr * (1 - (1 - self.lr_decay) * step / max(1, self.iterations - 1))
+
+    def facts(self) -> dict[str, Any]:
+        """The settings that make another run of it when they change."""
+        kept = {f.name: getattr(self, f.name) for f in fields(self)}
+        free = {name for name in kept if name.startswith(FREE) or name == "max_halvings"}
+        if self.lr_schedule == "epoch":
+            free.add("iterations")  # longer or shorter, the steps are the same
+        return {name: value for name, value in kept.items() if name not in free}
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How a call of `Trainer.run` ended."""
+
+    step: int
+    steps: int
+    seconds: float  # of all calls together
+    difference: float
+    u_std: float
+    halvings: int
+    signal: int  # number of the signal that stopped it, 0 if it is done
+
+    @property
+    def done(self) -> bool:
+        return self.step >= self.steps
+
+
+class Trainer:
+    """Trains `prior.energies`; writes `last.pt`, `prior.safetensors`, logs and pictures to `out`.
+
+    Args:
+        prior: on the device to train on.
+        data: images in [0, 1], `len(data)` batches per epoch of this process.
+        fingerprint: of the backbone; None computes it.
+        bn_statistics: of a re-estimated backbone, saved with the prior.
+        facts: what else must not change when a run goes on, for example the data set.
+        show: writes images (N, C, H, W) to a PNG under a caption and returns its pixels; None
+            makes no pictures.
+        bar: show a progress bar.
+    """
+
+    def __init__(
+        self,
+        prior: EBMPrior,
+        data: Source,
+        settings: TrainSettings,
+        out: Path | str,
+        *,
+        fingerprint: str | None = None,
+        bn_statistics: Mapping[str, Tensor] | None = None,
+        facts: Mapping[str, Any] | None = None,
+        show: Show | None = None,
+        bar: bool = True,
+    ) -> None:
+        self.prior, self.data, self.settings, self.out = prior, data, settings, Path(out)
+        self.device = next(prior.energies.parameters()).device
+        self.bn_statistics = bn_statistics
+        self.fingerprint = fingerprint or checkpoint.backbone_fingerprint(prior.backbone)
+        self.show, self.bar = show, bar
+        config = {k: v for k, v in prior.config.to_dict().items() if k != "preset"}
+        self.facts = {
+            **config,
+            **settings.facts(),
+            "backbone": self.fingerprint,
+            "processes": parallel.world_size(),
+            "batches per epoch": len(data),
+            **(facts or {}),
+        }
+        self.generator = seeded(self.device, settings.seed, parallel.rank())
+        parallel.broadcast(prior.energies)
+        # One Adam over all layers computes what the reference's one per layer does.
+        self.optimizer = torch.optim.Adam(
+            prior.energies.parameters(),
+            lr=settings.lr,
+            betas=(settings.beta1, settings.beta2),
+            weight_decay=settings.weight_decay,
+        )
+        self.ema = Average(prior.energies, settings.ema) if settings.ema else None
+        limits = Limits.of(prior.config)
+        difference = settings.guard_difference or limits.difference
+        self.guard = Guard(Limits(difference, settings.guard_u_std))
+        self.step = self.good_step = 0
+        self.seconds, self.lr_factor = 0.0, 1.0
+        self.good = self._learned()
+        self.block = 1  # samples drawn at once for a picture: as many as fit in training
+
+    # --- going on -------------------------------------------------------------------------
+
+    def resume(self, state: Mapping[str, Any]) -> None:
+        """Take up the state of `run_state.read`.
+
+        Raises:
+            ValueError: it is the state of a run with other settings.
+        """
+        run_state.check_facts(self.out / run_state.NAME, state["facts"], self.facts)
+        self._set_learned(state["learned"])
+        self.good, self.good_step = state["good"], state["good_step"]
+        self.guard.load_state_dict(state["guard"])
+        self.step, self.seconds = state["step"], state["seconds"]
+        self.lr_factor = state["lr_factor"]
+        if not run_state.set_random_state(self.generator, state["rng"]):
+            # Another kind of device has other random numbers: go on with fresh ones.
+            self.generator = seeded(self.device, self.settings.seed, parallel.rank(), self.step)
+
+    def run(self) -> Summary:
+        """Train until `settings.iterations`, or until a SIGINT or SIGTERM; save in either case.
+
+        Raises:
+            ValueError: training diverged again and again. The last good state has been saved.
+        """
+        main = parallel.rank() == 0
+        self.out.mkdir(parents=True, exist_ok=True)
+        if main:
+            config = {"prior": self.prior.config.to_dict(), "training": asdict(self.settings)}
+            with written_whole(self.out / "config.json") as temporary:
+                text = json.dumps({**config, "backbone": self.fingerprint}, indent=2)
+                temporary.write_text(text + "\n", encoding="utf-8")
+        steps = self.settings.iterations
+        log = RunLog(self.out if main else None, step=self.step, steps=steps, bar=self.bar)
+        stopped_by = 0
+        try:
+            with Interrupt() as interrupt:
+                while self.step < steps and not stopped_by:
+                    for x in self.data.epoch(*divmod(self.step, len(self.data))):
+                        stopped_by = self._iterate(x, log, interrupt)
+                        if stopped_by or self.step >= steps:
+                            break
+        finally:
+            log.close()
+        watched = self.guard.difference, self.guard.u_std, self.guard.halvings
+        return Summary(self.step, steps, self.seconds, *watched, signal=stopped_by)
+
+    def _iterate(self, x: Tensor, log: RunLog, interrupt: Interrupt) -> int:
+        """One step and what is due after it; returns the signal that asks to stop, or 0."""
+        started = time.perf_counter()
+        settings = self.settings
+        measured, asked = self._train_step(x, interrupt.number)
+        reason = self.guard.judge(measured)
+        if reason is None:
+            self.optimizer.step()
+            if self.ema is not None:
+                self.ema.update()
+        self.step += 1
+        self.seconds += time.perf_counter() - started
+        step, last = self.step, self.step >= settings.iterations
+        if step % settings.log_every == 0 or step == 1 or last:
+            lr = self.optimizer.param_groups[0]["lr"]
+            log.scalars(step, {**asdict(measured), "lr": lr, "seconds": self.seconds})
+        log.advance(
+            {"difference": f"{self.guard.difference:+.3f}", "u_std": f"{self.guard.u_std:.3f}"}
+        )
+        if reason is not None:
+            self._go_back(reason, log)
+        elif step % settings.guard_every == 0 and self.guard.well:
+            self.good, self.good_step = self._learned(), step
+        if last or asked or step % settings.save_every == 0:
+            self._save(log)
+        if settings.grid_every and (step == 1 or last or step % settings.grid_every == 0):
+            self._draw(log)
+        return asked
+
+    # --- one step -------------------------------------------------------------------------
+
+    def _train_step(self, x: Tensor, asked: int) -> tuple[Measured, int]:
+        """Gradients of one step, the same on all processes, and what all of them measured."""
+        self.block = len(x)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self._lr
+        u = self.prior.backbone.infer(x.to(self.device, non_blocking=True), self.generator)
+        loss, info = self.prior.loss(
+            u, generator=self.generator, squared_penalty=self.settings.squared_penalty
+        )
+        self.optimizer.zero_grad()
+        loss.backward()
+        parallel.average_gradients(self.prior.energies)
+        gradient = torch.nn.utils.clip_grad_norm_(
+            self.prior.energies.parameters(), self.settings.grad_clip or math.inf
+        )
+        worst = info.layer_loss.abs().max()
+        signal = torch.tensor(float(asked), device=self.device)
+        lost = ~u.isfinite().all()
+        own = (loss.detach(), info.difference, info.u_std, gradient, worst, signal, lost)
+        # One message carries all that the processes must agree on: divergence, and stopping.
+        every = parallel.gather(torch.stack([value.float() for value in own]))
+        mean, largest = every.mean(0).tolist(), every.amax(0).tolist()
+        if largest[6]:
+            raise ValueError(
+                f"step {self.step + 1}: the backbone's posterior holds NaN or infinite values;"
+                " check the checkpoint with `ebm_prior doctor`, or try --bn_readjust"
+            )
+        mean_loss, difference, u_std, norm, *_ = mean
+        return Measured(mean_loss, difference, u_std, norm, largest[4]), int(largest[5])
+
+    @property
+    def _lr(self) -> float:
+        return self.lr_factor * self.settings.lr_at(self.step, len(self.data))
+
+    def _go_back(self, reason: str, log: RunLog) -> None:
+        """Take up the last good state with half the learning rate, or give up."""
+        self._set_learned(self.good)
+        if self.guard.halvings >= self.settings.max_halvings:
+            self._save(log)
+            raise ValueError(
+                f"training diverged at step {self.step} ({reason}) after the learning rate had"
+                f" been halved {self.guard.halvings} times; the last good state, of step"
+                f" {self.good_step}, is in {self.out / PRIOR}. Start again with a smaller --lr,"
+                " --grad_clip 1, --squared_penalty 0.001 or --spectral_norm"
+            )
+        self.guard.went_back()
+        self.lr_factor /= 2
+        log.say(
+            f"step {self.step}: {reason}; back to the weights of step {self.good_step}, learning"
+            f" rate halved to {self._lr:.3g}"
+        )
+
+    def _learned(self) -> dict[str, Any]:
+        """A copy of everything an update changes."""
+        return run_state.on_cpu(
+            {
+                "energies": self.prior.energies.state_dict(),
+                "optimizer": self.optimizer.state_dict(),
+                "ema": self.ema.state_dict() if self.ema is not None else {},
+            }
+        )
+
+    def _set_learned(self, state: Mapping[str, Any]) -> None:
+        self.prior.energies.load_state_dict(state["energies"])
+        # Copied: the optimiser would take the tensors themselves and update them in place.
+        self.optimizer.load_state_dict(run_state.on_cpu(state["optimizer"]))
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+
+    # --- files ----------------------------------------------------------------------------
+
+    def _save(self, log: RunLog) -> None:
+        """Write `last.pt` and the prior; every process comes here, the first one writes."""
+        if not parallel.alike(self.prior.energies):
+            log.say("processes have drifted apart by rounding; all take the first one's weights")
+            parallel.broadcast(self.prior.energies)
+        rng = run_state.random_states(self.generator)
+        if parallel.rank() == 0:
+            run_state.write(
+                self.out,
+                {
+                    "facts": self.facts,
+                    "step": self.step,
+                    "seconds": self.seconds,
+                    "learned": self._learned(),
+                    "good": self.good,
+                    "good_step": self.good_step,
+                    "guard": self.guard.state_dict(),
+                    "lr_factor": self.lr_factor,
+                    "rng": rng,
+                    "bn_statistics": run_state.on_cpu(dict(self.bn_statistics or {})),
+                },
+            )
+            with self._evaluated():
+                checkpoint.save(
+                    self.out / PRIOR,
+                    self.prior,
+                    fingerprint=self.fingerprint,
+                    bn_statistics=self.bn_statistics,
+                    step=self.step,
+                )
+        parallel.wait()
+
+    def _evaluated(self) -> contextlib.AbstractContextManager[None]:
+        """A context with the weights that are saved and sampled."""
+        return self.ema.applied() if self.ema is not None else contextlib.nullcontext()
+
+    @torch.no_grad()
+    def _draw(self, log: RunLog) -> None:
+        """Samples from the same noise each time, and once what the Gaussian prior makes of it."""
+        if self.show is None or parallel.rank() != 0:
+            return
+        size = self.settings.grid_size
+        try:
+            with self._evaluated():
+                blocks = [
+                    self._samples(first, min(self.block, size - first))
+                    for first in range(0, size, self.block)
+                ]
+        except ValueError as error:  # the chain diverged; the guard decides about the training
+            log.say(f"step {self.step}: no picture: {error}")
+            return
+        gaussian, samples = (torch.cat(part).cpu() for part in zip(*blocks, strict=True))
+        grids = self.out / "grids"
+        if self.step == 1:
+            picture = self.show(grids / "gaussian.png", gaussian, "Gaussian prior")
+            log.picture(0, "gaussian", picture)
+        caption = f"EBM prior, step {self.step}"
+        path = grids / f"step_{self.step:07}.png"
+        log.picture(self.step, "samples", self.show(path, samples, caption))
+
+    def _samples(self, key: int, count: int) -> tuple[Tensor, Tensor]:
+        """Images from the Gaussian prior and from the EBM that starts at the same noise."""
+        generator = seeded(self.device, self.settings.seed, GRID_KEY, key)
+        chain: list[Tensor] = []
+        u = self.prior.sample_u(count, generator=generator, callback=lambda _, u: chain.append(u))
+        backbone = self.prior.backbone
+        return backbone.decode(chain[0], 1.0, generator), backbone.decode(u, 1.0, generator)

@@ -33,7 +33,8 @@ READJUST_BLOCK = 2**32 - 1  # batch-norm re-estimation draws as if it were this 
 def generator_of(seed: int, block: int, device: Any = "cpu") -> Generator:
     """The random numbers of one block of samples; they depend on nothing else.
 
-    Seeds belong to blocks and not to processes, so any number of processes draws the same images.
+    Seeds belong to blocks and not to processes, so any number of processes draws the same images
+    (to rounding, which the number of threads may change).
     """
     import numpy as np
     import torch
@@ -132,27 +133,44 @@ def _ready_model(settings: Settings, here: runtime.Runtime) -> tuple[AutoEncoder
     return model, prior
 
 
+def _here(device: str) -> runtime.Runtime:
+    """This process among those that torchrun started.
+
+    They exchange nothing, so they join no group: within one, batch norm would pool its statistics
+    over the processes, and the images would depend on how many there are.
+    """
+    import torch
+
+    rank, local_rank, world_size = (
+        int(os.environ.get(name, default))
+        for name, default in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
+    )
+    here = runtime.Runtime(runtime.pick_device(device, local_rank), rank, local_rank, world_size)
+    if here.device.type == "cuda":
+        torch.cuda.set_device(here.device)
+    return here
+
+
 def sample(settings: Settings) -> None:
     """Mode `sample`: write `num_samples` images, in blocks that are dealt out to the processes."""
-    with runtime.started(settings.device) as here:
-        folder = _prepared_folder(settings) if here.is_main else Path(settings.save)
-        model, prior = _ready_model(settings, here)
-        save = _writer(settings, folder, here, f"{model.config.dataset}, {prior}")
+    here = _here(settings.device)
+    folder = _prepared_folder(settings) if here.is_main else Path(settings.save)
+    model, prior = _ready_model(settings, here)
+    save = _writer(settings, folder, here, f"{model.config.dataset}, {prior}")
 
-        from tqdm import tqdm
+    from tqdm import tqdm
 
-        blocks = range(-(-settings.num_samples // settings.block_size))
-        mine = blocks[here.rank :: here.world_size]
-        bar = tqdm(mine, desc="blocks", disable=not here.is_main)
-        for index, block in enumerate(bar):
-            started = time.perf_counter()
-            first = block * settings.block_size
-            count = min(settings.block_size, settings.num_samples - first)
-            generator = generator_of(settings.seed, block, here.device)
-            save(index, first, draw(model, count, settings.temp, generator))
-            bar.set_postfix(seconds=f"{time.perf_counter() - started:.1f}")
-        if here.is_main:
-            print(f"{settings.num_samples} images in {folder}")
+    blocks = range(-(-settings.num_samples // settings.block_size))
+    bar = tqdm(blocks[here.rank :: here.world_size], desc="blocks", disable=not here.is_main)
+    for index, block in enumerate(bar):
+        started = time.perf_counter()
+        first = block * settings.block_size
+        count = min(settings.block_size, settings.num_samples - first)
+        generator = generator_of(settings.seed, block, here.device)
+        save(index, first, draw(model, count, settings.temp, generator))
+        bar.set_postfix(seconds=f"{time.perf_counter() - started:.1f}")
+    if here.is_main:
+        print(f"{settings.num_samples} images in {folder}")
 
 
 def _writer(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -56,10 +57,13 @@ def to_pil(image: Tensor) -> Image.Image:
 
 
 def save_png(path: str | os.PathLike[str], image: Tensor) -> None:
-    """Write one image (C, H, W) in [0, 1] as an 8-bit PNG, whole or not at all."""
+    """Write one image (C, H, W) in [0, 1] as an 8-bit PNG; missing folders are made.
+
+    There may be 50000 of them, so, unlike other results, they are not each flushed to disk.
+    """
     picture = to_pil(image)
-    with runtime.written_whole(path) as temporary:
-        picture.save(temporary, format="PNG")
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path, format="PNG")
 
 
 def grid(

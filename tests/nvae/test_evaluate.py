@@ -1,6 +1,5 @@
 """`python -m nvae.evaluate`: its flags, what it writes, and what it refuses."""
 
-import contextlib
 import json
 import subprocess
 import sys
@@ -11,9 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
-from nvae import checkpoint, evaluate, flags, runtime
+from nvae import checkpoint, evaluate, flags
 from nvae.arch import ModelConfig
 from nvae.model import AutoEncoder
+from tests.conftest import nvae_cases
 
 UPSTREAM = {  # flag: default; None marks a switch
     "checkpoint": "/tmp/expr/checkpoint.pt",
@@ -178,8 +178,8 @@ def test_the_number_of_processes_changes_nothing(cifar10, tmp_path, monkeypatch)
     arguments += ("--readjust_iterations", "2")
     alone = run(cifar10, tmp_path / "alone", *arguments)
     for rank in range(2):
-        here = runtime.Runtime(torch.device("cpu"), rank, rank, 2)
-        monkeypatch.setattr(runtime, "started", lambda _, here=here: contextlib.nullcontext(here))
+        for name, value in (("RANK", rank), ("LOCAL_RANK", rank), ("WORLD_SIZE", 2)):
+            monkeypatch.setenv(name, str(value))
         both = run(cifar10, tmp_path / "both", *arguments)
     for block in range(3):
         theirs = both[f"gpu_{block % 2}_samples_{block // 2}.npz"]
@@ -189,9 +189,11 @@ def test_the_number_of_processes_changes_nothing(cifar10, tmp_path, monkeypatch)
 
 
 @pytest.mark.slow
-def test_two_real_processes_draw_what_one_draws(cifar10, tmp_path):
+def test_two_real_processes_draw_what_one_draws(cifar10, tmp_path, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # torchrun's choice; another rounds differently
     command = [sys.executable, "-m", "nvae.evaluate", "--checkpoint", str(cifar10)]
     command += ["--num_samples", "4", "--block_size", "2", "--device", "cpu", "--format", "npz"]
+    command += ["--readjust_bn", "--readjust_iterations", "2"]
     for name, count in (("one", "1"), ("two", "2")):
         more = ["--save", str(tmp_path / name), "--world_size", count]
         subprocess.run([*command, *more], check=True, capture_output=True)
@@ -221,6 +223,14 @@ def test_temperature_and_readjusted_statistics_change_the_images(cifar10, tmp_pa
     ]
     assert not np.array_equal(drawn[0], drawn[1])
     assert not np.array_equal(drawn[0], drawn[2])
+
+
+@pytest.mark.parametrize("case", nvae_cases(), ids=lambda case: case.name)
+def test_golden_checkpoints_give_finite_images(case, tmp_path):
+    (images,) = run(case / "checkpoint.pt", tmp_path, "--num_samples", "2", "--grid", "2").values()
+    assert images.shape[2] == images.shape[3]
+    assert np.isfinite(images).all()
+    assert len(list((tmp_path / "png").iterdir())) == 2
 
 
 # --- what it refuses

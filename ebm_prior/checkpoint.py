@@ -47,6 +47,11 @@ def fingerprint(state_dict: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
+def bn_statistics(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The BatchNorm entries of a state dict, for `save`."""
+    return {k: v for k, v in state_dict.items() if k.rpartition(".")[2] in BN_BUFFERS}
+
+
 def backbone_fingerprint(backbone: Backbone) -> str:
     """Its own `fingerprint()` if it has one, else that of its `state_dict()`, else "none"."""
     own = getattr(backbone, "fingerprint", None)

@@ -1,0 +1,126 @@
+"""The doctor's findings, and its exit status."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import pytest
+import torch
+
+from ebm_prior import checkpoint
+from ebm_prior.backbones.nvae import NVAEBackbone
+from ebm_prior.commands import doctor
+from tests.ebm_prior.small_vaes import prior, vae, written
+
+
+@pytest.fixture
+def diagnose(capsys):
+    """Run the command; returns its status and the verdict and text of each subject."""
+
+    def run(*arguments):
+        parser = argparse.ArgumentParser()
+        doctor.add_arguments(parser)
+        status = doctor.run(parser.parse_args([str(a) for a in (*arguments, "--device", "cpu")]))
+        lines = [line for line in capsys.readouterr().out.splitlines() if line.strip()]
+        table = {line[9:26].strip(): (line[:9].strip(), line[26:]) for line in lines[:-1]}
+        return status, table
+
+    return run
+
+
+@pytest.fixture
+def model():
+    model = vae()
+    for name, buffer in model.named_buffers():
+        if name.endswith("num_batches_tracked"):
+            buffer.fill_(100)
+    return model
+
+
+def test_the_machine_is_always_looked_at(diagnose):
+    status, table = diagnose()
+    assert status == 0
+    assert table["torch"] == ("ok", torch.__version__)
+    assert "not needed" in table["apex"][1]
+
+
+def test_a_sound_pair_is_all_ok(tmp_path, diagnose, model):
+    path = written(tmp_path / "checkpoint.pt", model)
+    statistics = checkpoint.bn_statistics(model.state_dict())
+    made = prior(NVAEBackbone(model))
+    checkpoint.save(tmp_path / "p.safetensors", made, bn_statistics=statistics, step=9)
+    status, table = diagnose("--checkpoint", path, "--prior", tmp_path / "p.safetensors")
+    assert status == 0
+    assert {verdict for verdict, _ in table.values()} == {"ok"}
+    assert table["fingerprint"][1] == checkpoint.fingerprint(model.state_dict())
+    assert table["latents"][1] == "2 layers, 40 coordinates"
+    assert "trained on this checkpoint" in table["backbone"][1]
+    assert "training step 9" in table["prior"][1]
+    assert "finite" in table["gaussian sample"][1]
+    assert "finite" in table["ebm sample"][1]
+    assert "per sample" in table["memory"][1]
+
+
+def test_a_prior_of_another_backbone_is_a_problem_that_names_both(tmp_path, diagnose, model):
+    path = written(tmp_path / "checkpoint.pt", model)
+    other = NVAEBackbone(vae(seed=1))
+    checkpoint.save(tmp_path / "p.safetensors", prior(other))
+    status, table = diagnose("--checkpoint", path, "--prior", tmp_path / "p.safetensors")
+    verdict, text = table["prior"]
+    assert (status, verdict) == (1, "PROBLEM")
+    assert other.fingerprint() in text
+    assert NVAEBackbone(model).fingerprint() in text
+
+
+def test_a_prior_alone_is_read_and_names_its_backbone(tmp_path, diagnose, model):
+    backbone = NVAEBackbone(model)
+    checkpoint.save(tmp_path / "p.safetensors", prior(backbone))
+    status, table = diagnose("--prior", tmp_path / "p.safetensors")
+    assert status == 0
+    assert backbone.fingerprint() in table["backbone"][1]
+
+
+def test_an_untrained_batch_norm_is_a_warning(tmp_path, diagnose):
+    status, table = diagnose("--checkpoint", written(tmp_path / "checkpoint.pt", vae()))
+    assert status == 0
+    assert table["batch norm"][0] == "warning"
+    assert "--readjust_bn" in table["batch norm"][1]
+
+
+@pytest.mark.parametrize(("value", "word"), [(torch.inf, "finite"), (-1.0, "negative")])
+def test_bad_statistics_are_a_problem(tmp_path, diagnose, model, value, word):
+    dict(model.named_buffers())["pre_process.0._ops.0.bn_act.running_var"].fill_(value)
+    status, table = diagnose("--checkpoint", written(tmp_path / "checkpoint.pt", model))
+    assert status == 1
+    assert table["checkpoint"][0] == "PROBLEM"
+    assert word in table["checkpoint"][1]
+
+
+def test_files_that_are_none_are_problems_and_do_not_stop_the_others(tmp_path, diagnose):
+    junk = tmp_path / "junk"
+    junk.write_bytes(b"junk")
+    status, table = diagnose("--checkpoint", junk, "--prior", junk, "--data", tmp_path / "none")
+    assert status == 1
+    for subject in ("checkpoint", "prior", "data"):
+        assert table[subject][0] == "PROBLEM", subject
+
+
+def test_data_that_fits_the_checkpoint_is_ok_and_data_that_does_not_is_a_problem(
+    tmp_path, diagnose, model
+):
+    pytest.importorskip("sklearn")
+    path = written(tmp_path / "checkpoint.pt", model)
+    status, table = diagnose("--checkpoint", path, "--data", tmp_path)
+    assert status == 0
+    assert "images of 1 x 8 x 8" in table["data, train"][1]
+    status, table = diagnose("--checkpoint", path, "--data", tmp_path, "--dataset", "cifar10")
+    assert status == 1
+    assert table["data, train"][0] == "PROBLEM"
+
+
+def test_a_dry_run_of_the_doctor_prints_what_it_would_look_at(capsys):
+    parser = argparse.ArgumentParser()
+    doctor.add_arguments(parser)
+    assert doctor.run(parser.parse_args(["--prior", "p.safetensors", "--dry_run"])) == 0
+    assert json.loads(capsys.readouterr().out)["prior"] == "p.safetensors"

@@ -133,27 +133,11 @@ def _ready_model(settings: Settings, here: runtime.Runtime) -> tuple[AutoEncoder
     return model, prior
 
 
-def _here(device: str) -> runtime.Runtime:
-    """This process among those that torchrun started.
-
-    They exchange nothing, so they join no group: within one, batch norm would pool its statistics
-    over the processes, and the images would depend on how many there are.
-    """
-    import torch
-
-    rank, local_rank, world_size = (
-        int(os.environ.get(name, default))
-        for name, default in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
-    )
-    here = runtime.Runtime(runtime.pick_device(device, local_rank), rank, local_rank, world_size)
-    if here.device.type == "cuda":
-        torch.cuda.set_device(here.device)
-    return here
-
-
 def sample(settings: Settings) -> None:
     """Mode `sample`: write `num_samples` images, in blocks that are dealt out to the processes."""
-    here = _here(settings.device)
+    # The processes exchange nothing, so they join no group: within one, batch norm would pool its
+    # statistics over them, and the images would depend on how many there are.
+    here = runtime.this_process(settings.device)
     folder = _prepared_folder(settings) if here.is_main else Path(settings.save)
     model, prior = _ready_model(settings, here)
     save = _writer(settings, folder, here, f"{model.config.dataset}, {prior}")

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 
 class _Features(nn.Module):
-    """Feature vectors pass unchanged: torchmetrics asks for a network, we have computed already."""
+    """Feature vectors pass unchanged: torchmetrics asks for a network, ours has run already."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()

@@ -65,9 +65,8 @@ def pick_device(name: str = "auto", local_rank: int = 0) -> torch.device:
     return device
 
 
-@contextlib.contextmanager
-def started(device: str = "auto") -> Iterator[Runtime]:
-    """Join the process group if torchrun started one (WORLD_SIZE > 1), and leave it at the end."""
+def this_process(device: str = "auto") -> Runtime:
+    """This process among those torchrun started, without joining a group."""
     import torch
 
     rank, local_rank, world_size = (
@@ -77,7 +76,16 @@ def started(device: str = "auto") -> Iterator[Runtime]:
     runtime = Runtime(pick_device(device, local_rank), rank, local_rank, world_size)
     if runtime.device.type == "cuda":
         torch.cuda.set_device(runtime.device)
-    if world_size == 1:
+    return runtime
+
+
+@contextlib.contextmanager
+def started(device: str = "auto") -> Iterator[Runtime]:
+    """Join the process group if torchrun started one (WORLD_SIZE > 1), and leave it at the end."""
+    import torch
+
+    runtime = this_process(device)
+    if runtime.world_size == 1:
         yield runtime
         return
     backend = "nccl" if runtime.device.type == "cuda" else "gloo"

@@ -32,7 +32,7 @@ BN = "bn."
 BN_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 # Old files lack the alias, and re-estimation changes the buffers: neither is the backbone's name.
 NOT_FINGERPRINTED = {"weight_normalized", *BN_BUFFERS}
-Path_ = str | os.PathLike[str]
+PathLike = str | os.PathLike[str]
 
 
 def fingerprint(state_dict: Mapping[str, Tensor]) -> str:
@@ -86,7 +86,7 @@ class PriorFile:
 
 
 def save(
-    path: Path_,
+    path: PathLike,
     prior: EBMPrior,
     *,
     fingerprint: str | None = None,
@@ -97,8 +97,11 @@ def save(
 
     Args:
         fingerprint: of the backbone as read from its file; None computes it from the prior's.
-        bn_statistics: state-dict entries of re-estimated BatchNorm layers, if there are any.
+        bn_statistics: state-dict entries of re-estimated BatchNorm layers; None takes those of the
+            prior's backbone, if it has statistics of its own.
     """
+    if bn_statistics is None:
+        bn_statistics = getattr(prior.backbone, "bn_statistics", None)
     tensors = dict(prior.energies.state_dict())
     tensors |= {BN + key: value for key, value in (bn_statistics or {}).items()}
     metadata = {
@@ -114,7 +117,7 @@ def save(
         )
 
 
-def read(path: Path_) -> PriorFile:
+def read(path: PathLike) -> PriorFile:
     """Read and check a prior's file without a backbone.
 
     Raises:
@@ -154,7 +157,7 @@ def read(path: Path_) -> PriorFile:
     )
 
 
-def load(path: Path_, vae_or_backbone: Any) -> EBMPrior:
+def load(path: PathLike, vae_or_backbone: Any) -> EBMPrior:
     """Read a prior for a backbone: an `nvae` model, or anything with the `Backbone` methods.
 
     Raises:
@@ -185,7 +188,7 @@ def check_layout(name: str, config: PriorConfig, backbone: Backbone) -> None:
 
 
 def import_authors(
-    path: Path_, backbone: Backbone, settings: Mapping[str, Any] | None = None
+    path: PathLike, backbone: Backbone, settings: Mapping[str, Any] | None = None
 ) -> EBMPrior:
     """Import energy networks of the authors' release, a dictionary of `netE{i}` and `opt{i}`.
 

@@ -101,6 +101,11 @@ class NVAEBackbone:
         Returns:
             u, (B, D).
         """
+        if x.ndim != 4 or x.shape[1:] != self.config.image_shape:
+            raise ValueError(
+                f"images have shape {tuple(x.shape)}, expected (B,"
+                f" {', '.join(map(str, self.config.image_shape))}) with values in [0, 1]"
+            )
         posterior = self.model.posterior_choice(
             self.model.encode(x), eps=None if eps is None else list(eps), generator=generator
         )

@@ -120,6 +120,8 @@ def test_statistics_travel_with_the_prior_and_are_used(tmp_path, model):
         loaded = ebm_prior.load(path, given)
         assert torch.equal(loaded.backbone.logits(u), expected.logits(u))
     assert not torch.equal(NVAEBackbone(model).logits(u), expected.logits(u))
+    checkpoint.save(tmp_path / "again.safetensors", loaded)
+    assert checkpoint.read(tmp_path / "again.safetensors").bn_statistics.keys() == stored.keys()
 
 
 def test_loading_draws_nothing_from_the_callers_random_numbers(saved, model):

@@ -170,6 +170,11 @@ def test_given_statistics_stay_when_the_live_model_changes(model, generator):
     assert torch.equal(backbone.with_bn_statistics(None).logits(u), NVAEBackbone(model).logits(u))
 
 
+def test_images_of_another_shape_are_refused(model):
+    with pytest.raises(ValueError, match=r"shape \(2, 3, 8, 8\), expected \(B, 1, 8, 8\)"):
+        NVAEBackbone(model).infer(torch.zeros(2, 3, 8, 8))
+
+
 def test_statistics_of_another_backbone_are_refused(model):
     with pytest.raises(ValueError, match="belong to another backbone"):
         NVAEBackbone(model, {"stem.running_mean": torch.zeros(3)})

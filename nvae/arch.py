@@ -102,7 +102,7 @@ _OLD_FILES: dict[str, Any] = {
     "num_mixture_dec": 10,
 }
 # Larger than any published model by far; keeps a damaged file from asking for all memory.
-_MAX_WIDTH, _MAX_CELLS = 1 << 15, 4000
+_MAX_WIDTH, _MAX_CELLS = 1 << 15, 1000
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tests.conftest import nvae_cases
 
 from nvae import batchnorm, checkpoint, losses
 from nvae.distributions import Normal, NormalDecoder
 from nvae.layers import DataInitConv2d
 from nvae.model import AutoEncoder
+from tests.conftest import nvae_cases
 
 Arrays = dict[str, np.ndarray]
 

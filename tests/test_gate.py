@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import json
 import os
 import re
 import shlex
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from ebm_prior._version import __version__
+from ebm_prior.commands import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("nvae", "ebm_prior")
@@ -34,19 +36,11 @@ sys.exit(status)
 """
 
 
-def prior_commands() -> list[str]:
-    """The commands of `python -m ebm_prior`: the modules of `commands` that take arguments."""
-    folder = ROOT / "ebm_prior" / "commands"
-    modules = [(path.stem, path) for path in folder.glob("*.py")]
-    modules += [(path.parent.name, path) for path in folder.glob("*/__init__.py")]
-    return sorted(name for name, path in modules if "def add_arguments(" in path.read_text())
-
-
 ENTRIES = [
     ("nvae.evaluate",),
     ("nvae.train",),
     ("ebm_prior",),
-    *(("ebm_prior", name) for name in prior_commands()),
+    *(("ebm_prior", name) for name in COMMANDS),
 ]
 
 
@@ -57,6 +51,17 @@ def help_of(*command: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-c", PROBE, *command, "--help"],
         cwd=ROOT,
         env={**os.environ, "PYTHONPATH": str(ROOT), "COLUMNS": "99"},
+        capture_output=True,
+        text=True,
+    )
+
+
+def started(*words: str, folder: Path = ROOT) -> subprocess.CompletedProcess[str]:
+    """`python -m <words>` in a folder."""
+    return subprocess.run(
+        [sys.executable, "-m", *words],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
     )
@@ -79,8 +84,15 @@ def own_files() -> list[Path]:
 # --- commands
 
 
-def test_the_design_names_these_commands_and_they_exist():
-    assert {"train", "sample", "convert", "doctor", "demo"} <= set(prior_commands())
+def test_every_module_of_a_command_can_be_started():
+    folder = ROOT / "ebm_prior" / "commands"
+    modules = {path.stem: path for path in folder.glob("*.py")}
+    modules |= {path.parent.name: path for path in folder.glob("*/__init__.py")}
+    del modules["__init__"]
+    takes_arguments = {
+        n for n, path in modules.items() if "def add_arguments(" in path.read_text()
+    }
+    assert takes_arguments == set(COMMANDS)
 
 
 @pytest.mark.parametrize("command", ENTRIES, ids=" ".join)
@@ -93,20 +105,31 @@ def test_help_answers_at_once_without_importing_torch(command):
 
 def test_the_help_of_the_prior_lists_each_command():
     told = help_of("ebm_prior").stdout
-    assert [name for name in prior_commands() if not re.search(rf"\b{name}\b", told)] == []
+    assert [name for name in COMMANDS if not re.search(rf"^ +{name}\b", told, re.MULTILINE)] == []
 
 
-@pytest.mark.parametrize("command", [entry for entry in ENTRIES[1:] if entry != ("ebm_prior",)])
+@pytest.mark.parametrize("command", [c for c in ENTRIES if c != ("ebm_prior",)], ids=" ".join)
 def test_an_unknown_flag_is_a_usage_error_not_a_traceback(command):
-    told = subprocess.run(
-        [sys.executable, "-m", *command, "--no_such_flag"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    told = started(*command, "--no_such_flag")
     assert told.returncode == 2
-    assert "usage:" in told.stderr
+    assert "usage: " in told.stderr
     assert "Traceback" not in told.stderr
+
+
+@pytest.mark.parametrize("command", [c for c in ENTRIES if c != ("ebm_prior",)], ids=" ".join)
+def test_a_dry_run_prints_the_settings_and_leaves_nothing_behind(command, tmp_path):
+    inputs = {name: tmp_path / name for name in ("checkpoint", "prior", "authors")}
+    for path in inputs.values():
+        path.touch()
+    values = {**inputs, "out": "new", "save": "new", "root": "new", "preset": "cifar10"}
+    known = flags_of(*command)
+    if command == ("ebm_prior", "train"):
+        del values["prior"]  # there a kind, not a file
+    given = [f"--{name}={value}" for name, value in values.items() if f"--{name}" in known]
+    told = started(*command, *given, "--dry_run", folder=tmp_path)
+    assert told.returncode == 0, told.stderr
+    assert isinstance(json.loads(told.stdout), dict)
+    assert {path.name for path in tmp_path.iterdir()} == set(inputs)
 
 
 def test_importing_the_packages_does_not_import_torch():
@@ -161,9 +184,9 @@ def program(words: list[str]) -> tuple[list[str], list[str]]:
 
 
 def test_readme_shows_commands():
-    started = [program(words_of(line))[0] for line in readme_commands()]
-    assert ["nvae.evaluate"] in started
-    assert ["ebm_prior", "train"] in started
+    shown = [program(words_of(line))[0] for line in readme_commands()]
+    assert ["nvae.evaluate"] in shown
+    assert ["ebm_prior", "train"] in shown
 
 
 @pytest.mark.parametrize("line", readme_commands())

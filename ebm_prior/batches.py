@@ -34,6 +34,8 @@ class Batches:
         self.dataset, self.batch_size, self.seed, self.workers = dataset, batch_size, seed, workers
         sized: Any = dataset  # `Dataset` promises no length, those with positions have one
         self.images = len(sized)
+        if batch_size < 1:
+            raise ValueError(f"--batch_size {batch_size}: expected at least 1")
         if not len(self):
             raise ValueError(
                 f"the data set has {self.images} images, fewer than one batch of {batch_size} for"

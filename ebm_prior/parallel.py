@@ -6,6 +6,7 @@ Every process holds the whole prior and its own batch. Noise differs, weights ne
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -74,6 +75,14 @@ def alike(module: nn.Module) -> bool:
     ]
     every = gather(torch.stack(sums))
     return bool((every == every[0]).all())
+
+
+def collect(value: Any) -> list[Any]:
+    """Any small value of each process, in the order of ranks, on all of them."""
+    every = [value] * world_size()
+    if _several():
+        dist.all_gather_object(every, value)
+    return every
 
 
 def wait() -> None:

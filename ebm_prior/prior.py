@@ -207,7 +207,7 @@ class EBMPrior(nn.Module):
                 raise ValueError(
                     f"t has shape {tuple(t.shape)}, expected ({len(u)},): one index per sample"
                 )
-            return t
+            return t.to(u.device)
         if not 0 <= t < self.config.max_T:
             raise ValueError(f"t is {t}, expected a diffusion index 0..{self.config.max_T - 1}")
         return torch.full((len(u),), t, device=u.device)

@@ -4,8 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn.functional import normalize, silu
 
-from ebm_prior.energy import ConvEnergy, EnergyNets, MLPEnergy, ResidualEnergy, halvings
+from ebm_prior.energy import (
+    ConvEnergy,
+    EnergyNets,
+    MLPEnergy,
+    ResidualEnergy,
+    halvings,
+    time_embedding,
+)
 from ebm_prior.prior import PriorConfig
 from ebm_prior.spectral_norm import SNConv2d, SNLinear
 
@@ -97,6 +105,15 @@ def test_a_shape_no_convolution_can_halve_points_to_the_mlp(shape):
             variant(shape, width=4)
 
 
+def test_the_mlp_adds_its_layers_to_a_running_sum(generator):
+    net, t = MLPEnergy((2, 3), width=4, depth=2), torch.tensor([0, 2])
+    z = torch.randn(2, 2, 3, generator=generator)
+    y = net.input(z.flatten(1)) + net.time[2](silu(net.time[0](time_embedding(t, 128))))
+    for layer in net.layers:
+        y = y + layer[1](silu(y))
+    assert torch.equal(net(z, t), net.out[1](silu(y)))
+
+
 def test_time_changes_the_energy():
     for net in (ResidualEnergy((2, 8, 8), 4), ConvEnergy((2, 8, 8), 4), MLPEnergy((6,), 4)):
         shape = (2, 6) if isinstance(net, MLPEnergy) else (2, 2, 8, 8)
@@ -109,9 +126,9 @@ def test_each_training_forward_advances_spectral_norm_once_and_eval_never(layer)
     x = torch.randn(2, 6) if isinstance(layer, SNLinear) else torch.randn(2, 2, 5, 5)
     matrix, u = layer.weight_orig.detach().flatten(1), layer.weight_u.clone()
     layer.train()(x)
-    v = torch.nn.functional.normalize(matrix.t() @ u, dim=0)
+    v = normalize(matrix.t() @ u, dim=0)
     torch.testing.assert_close(layer.weight_v, v)
-    torch.testing.assert_close(layer.weight_u, torch.nn.functional.normalize(matrix @ v, dim=0))
+    torch.testing.assert_close(layer.weight_u, normalize(matrix @ v, dim=0))
     before = [buffer.clone() for buffer in layer.buffers()]
     layer.eval()(x)
     assert all(map(torch.equal, before, layer.buffers()))

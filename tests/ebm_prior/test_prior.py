@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from ebm_prior.energy import EnergyNets
+from ebm_prior.latents import Layout
 from ebm_prior.prior import EBMPrior, PriorConfig
+from ebm_prior.schedule import forward_pair
 from tests.ebm_prior.toys import Energies, LinearGaussian
 
 SIZES = (2, 3)
@@ -205,6 +208,18 @@ def test_held_layers_keep_their_bits(generator):
     assert (moved[:, 2:] != u[:, 2:]).all()
 
 
+@pytest.mark.parametrize("network", ["residual", "conv", "mlp"])
+def test_a_chain_and_a_training_step_never_wait_for_the_device(network):
+    """Reading a value off the meta device is an error, and so is mixing it with the CPU's."""
+    layout = Layout(((2, 8, 8), (2, 16, 16)))
+    backbone = SimpleNamespace(layout=layout, to_z=layout.split)
+    prior = EBMPrior(backbone, PriorConfig(layout.shapes, network=network, width=4, num_steps=2))
+    prior.to("meta")
+    u = torch.zeros(3, layout.dim, device="meta")
+    assert prior.reverse(1, u, mask=layout.mask([0], device="meta")).is_meta
+    prior.loss(u, generator=None, squared_penalty=0.1)[0].backward()
+
+
 # --- learning --------------------------------------------------------------------------------
 
 
@@ -271,3 +286,17 @@ def test_the_same_generator_gives_the_same_loss_and_draws_t_per_sample(seed, gen
     ]
     assert losses[0] == losses[1]
     assert set(seen[0].tolist()) == {0, 1, 2}
+
+
+def test_the_loss_contrasts_a_chain_from_u_next_drawn_with_independent_noises(seed, generator):
+    prior, n = make(), 8
+    u = torch.randn(n, 5, generator=generator)
+    loss, _ = prior.loss(u, generator=torch.Generator().manual_seed(seed))
+    g = torch.Generator().manual_seed(seed)
+    t = torch.randint(3, (n,), generator=g)
+    positive, u_next = forward_pair(
+        u, t, prior.schedule, torch.randn(n, 5, generator=g), torch.randn(n, 5, generator=g)
+    )
+    noise = [torch.randn(n, 5, generator=g) for _ in range(3)]
+    by_hand, _ = prior.contrast(positive, prior.reverse(t, u_next, noise=noise), t)
+    torch.testing.assert_close(loss, by_hand)

@@ -398,7 +398,7 @@ def test_learning_the_eight_modes_closes_a_third_of_the_gap(generator):
     toy, iterations = EightModes(), 1000
     config = PriorConfig(
         toy.layout.shapes,
-        **(SMALL | {"width": 96, "num_steps": 20, "b2": 0.15, "spectral_norm": False}),
+        **(SMALL | {"width": 96, "depth": 1, "num_steps": 20, "b2": 0.15, "spectral_norm": False}),
     )
     prior = EBMPrior(toy, config)
     toy.means = toy.means.float()

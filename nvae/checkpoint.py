@@ -45,23 +45,18 @@ def read(path: str | os.PathLike[str]) -> Checkpoint:
     Raises:
         ValueError: the file is missing, damaged, of another kind, or does not fit itself.
     """
-    content = _unpickle(Path(path))
-    try:
-        return _parsed(content)
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from None
+    return _read(path)[0]
 
 
 def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> AutoEncoder:
     """The model of a checkpoint, in eval mode, on `device`."""
-    return build(read(path)).to(device)
+    checkpoint, skeleton = _read(path)
+    return _filled(skeleton, checkpoint).to(device)
 
 
 def build(checkpoint: Checkpoint) -> AutoEncoder:
     """A model in eval mode around the checkpoint's own tensors (not copies), on their device."""
-    model = _skeleton(checkpoint.config)
-    model.load_state_dict(checkpoint.state_dict, assign=True)
-    return model.eval()
+    return _filled(_skeleton(checkpoint.config), checkpoint)
 
 
 def write(path: str | os.PathLike[str], checkpoint: Checkpoint) -> None:
@@ -87,6 +82,20 @@ def _skeleton(config: ModelConfig) -> AutoEncoder:
     """The model without memory for its weights."""
     with torch.device("meta"):
         return AutoEncoder(config)
+
+
+def _filled(skeleton: AutoEncoder, checkpoint: Checkpoint) -> AutoEncoder:
+    skeleton.load_state_dict(checkpoint.state_dict, assign=True)
+    return skeleton.eval()
+
+
+def _read(path: str | os.PathLike[str]) -> tuple[Checkpoint, AutoEncoder]:
+    """The checkpoint, and the empty model it was checked against."""
+    content = _unpickle(Path(path))
+    try:
+        return _parsed(content)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from None
 
 
 def _unpickle(path: Path) -> object:
@@ -118,7 +127,7 @@ def _unpickle(path: Path) -> object:
         ) from None
 
 
-def _parsed(content: object) -> Checkpoint:
+def _parsed(content: object) -> tuple[Checkpoint, AutoEncoder]:
     if not isinstance(content, dict) or not {"state_dict", "args"} <= content.keys():
         keys = sorted(map(str, content)) if isinstance(content, dict) else type(content).__name__
         raise ValueError(
@@ -130,8 +139,9 @@ def _parsed(content: object) -> Checkpoint:
     if not isinstance(args, dict):
         raise ValueError(f"args: got {type(args).__name__}, expected argparse.Namespace")
     config = ModelConfig.from_args(args)
-    return Checkpoint(
-        state_dict=_checked_state(content["state_dict"], config),
+    skeleton = _skeleton(config)
+    checkpoint = Checkpoint(
+        state_dict=_checked_state(content["state_dict"], skeleton.state_dict()),
         config=config,
         args={**asdict(config), **args},
         epoch=_typed(content, "epoch", int, 0),
@@ -140,6 +150,7 @@ def _parsed(content: object) -> Checkpoint:
         scheduler=_typed(content, "scheduler", dict, {}),
         grad_scalar=_typed(content, "grad_scalar", dict, {}),
     )
+    return checkpoint, skeleton
 
 
 def _typed(content: Mapping[str, Any], key: str, kind: type, default: Any) -> Any:
@@ -149,15 +160,17 @@ def _typed(content: Mapping[str, Any], key: str, kind: type, default: Any) -> An
     return value
 
 
-def _checked_state(state: object, config: ModelConfig) -> OrderedDict[str, Tensor]:
-    """The file's tensors, copied, in the model's order, each checked; missing aliases added."""
+def _checked_state(state: object, expected: Mapping[str, Tensor]) -> OrderedDict[str, Tensor]:
+    """The file's tensors, each checked, in the model's order and with its aliases.
+
+    Each holds memory of its own, except that an alias is the very tensor it is the alias of.
+    """
     if not isinstance(state, Mapping) or not all(
         isinstance(key, str) and isinstance(value, Tensor) for key, value in state.items()
     ):
         raise ValueError("state_dict: expected a dict of name -> tensor")
     if state and all(key.startswith("module.") for key in state):
         state = {key.removeprefix("module."): value for key, value in state.items()}
-    expected = _skeleton(config).state_dict()
     aliases = {key for key in expected if key.endswith(".weight_normalized")}
     missing = [key for key in expected if key not in state and key not in aliases]
     unexpected = [key for key in state if key not in expected]
@@ -167,16 +180,20 @@ def _checked_state(state: object, config: ModelConfig) -> OrderedDict[str, Tenso
             f" {_listed('unexpected', unexpected)}"
         )
     result: OrderedDict[str, Tensor] = OrderedDict()
+    seen: set[int] = set()
     for key, model_value in expected.items():
         if key in aliases:
-            result[key] = result[key.removesuffix("_normalized")]
-            if key in state and not torch.equal(state[key].to(result[key].dtype), result[key]):
+            first = key.removesuffix("_normalized")
+            result[key] = result[first]
+            if key in state and not _same(state[key], state[first]):
                 raise ValueError(
-                    f"{key} differs from {key.removesuffix('_normalized')}; they are two names of"
-                    " one tensor, so the file was changed by something that did not know"
+                    f"{key} differs from {first}; they are two names of one tensor, so the file"
+                    " was changed by something that did not know"
                 )
         else:
-            result[key] = _checked_tensor(key, state[key], model_value)
+            value = _checked_tensor(key, state[key], model_value)
+            result[key] = value.clone() if value.data_ptr() in seen else value
+            seen.add(value.data_ptr())
     if hasattr(expected, "_metadata"):
         result._metadata = expected._metadata  # type: ignore[attr-defined]
     return result
@@ -192,14 +209,26 @@ def _checked_tensor(key: str, value: Tensor, expected: Tensor) -> Tensor:
         raise ValueError(f"{key}: got {value.dtype}, expected {expected.dtype}")
     if value.layout != torch.strided or value.is_quantized:
         raise ValueError(f"{key}: got a {value.layout} tensor, expected a plain one")
-    # A copy: files of the fused optimiser hold views of stacks. Floats of other widths become
-    # float32, the only one upstream knows.
-    value = value.detach().to(expected.dtype, copy=True, memory_format=torch.contiguous_format)
-    if not torch.isfinite(value).all():
+    # Floats of other widths become float32, the only one upstream knows.
+    value = _owned(value.detach().to(expected.dtype)).contiguous()
+    # The sum shows a NaN or an infinity at a tenth of the time; it may overflow without one.
+    if not torch.isfinite(value.sum()) and not torch.isfinite(value).all():
         raise ValueError(f"{key}: some values are not finite; the training that wrote this failed")
     if key.endswith("running_var") and (value < 0).any():
         raise ValueError(f"{key}: some variances are negative; the file is damaged")
     return value
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Equal; at once if both are the same view of the same memory."""
+    one = a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.stride() == b.stride()
+    return one or torch.equal(a, b)
+
+
+def _owned(value: Tensor) -> Tensor:
+    """The tensor, copied if it is a view: files of the fused optimiser hold slices of stacks."""
+    whole = value.untyped_storage().nbytes() == value.numel() * value.element_size()
+    return value if whole else value.clone()
 
 
 def _listed(what: str, keys: list[str]) -> str:
@@ -209,8 +238,7 @@ def _listed(what: str, keys: list[str]) -> str:
 def _copied(value: Any) -> Any:
     """Tensors inside dicts and lists copied, so that no view of a large storage is kept."""
     if isinstance(value, Tensor):
-        own = value.untyped_storage().nbytes() == value.numel() * value.element_size()
-        return value if own else value.clone()
+        return _owned(value)
     if isinstance(value, dict):
         return {key: _copied(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):

@@ -68,7 +68,7 @@ class Normal:
     ) -> Tensor:
         """mean + std * noise."""
         if noise is None:
-            noise = standard_normal(self.mean.shape, self.mean, generator)
+            noise = standard_normal(self.mean.shape, self.std, generator)
         return noise * self.std + self.mean
 
     def standardise(self, x: Tensor) -> Tensor:

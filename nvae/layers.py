@@ -102,18 +102,13 @@ class PlainConv2d(nn.Conv2d):
     def _load_from_state_dict(
         self, state_dict: dict[str, Tensor], prefix: str, *args: Any
     ) -> None:
-        weight = state_dict.get(prefix + "weight")
-        alias = state_dict.setdefault(prefix + "weight_normalized", weight)  # type: ignore[arg-type]
-        if weight is None or alias is None or (alias is not weight and not _equal(alias, weight)):
-            errors: list[str] = args[-1]
-            errors.append(f"{prefix}weight_normalized differs from {prefix}weight")
-            return
+        weight, alias = prefix + "weight", prefix + "weight_normalized"
+        if weight in state_dict:
+            second = state_dict.setdefault(alias, state_dict[weight])
+            if second is not state_dict[weight] and not torch.equal(second, state_dict[weight]):
+                args[-1].append(f"{alias} differs from {weight}")  # the list of errors
         super()._load_from_state_dict(state_dict, prefix, *args)
         self.weight_normalized = self.weight  # `assign=True` made two parameters of it
-
-
-def _equal(a: Tensor, b: Tensor) -> bool:
-    return a.data_ptr() == b.data_ptr() or torch.equal(a, b)
 
 
 class MaskedConv2d(Conv2d):

@@ -299,7 +299,9 @@ class AutoEncoder(nn.Module):
         return logits
 
     def decoder_output(self, logits: Tensor) -> ImageDistribution:
-        """The distribution of images in [0, 1] that the logits stand for."""
+        """The distribution of images in [0, 1] that the logits stand for, at least in float32."""
+        if logits.dtype in (torch.float16, torch.bfloat16):
+            logits = logits.float()
         if self.config.data.output == "bernoulli":
             return Bernoulli(logits)
         if self.config.data.output == "grey":

@@ -134,6 +134,17 @@ def test_views_of_a_stacked_storage_become_tensors_of_their_own(tmp_path: Path) 
     assert moment.untyped_storage().nbytes() == moment.numel() * moment.element_size()
 
 
+def test_tensors_that_share_memory_in_the_file_do_not_in_the_model(tmp_path: Path) -> None:
+    def share(held: dict[str, Any]) -> None:
+        state = held["state_dict"]
+        first, second = [k for k in state if k.endswith("bn_act.bias")][:2]
+        state[second] = state[first]
+
+    state = checkpoint.read(changed(tmp_path, share)).state_dict
+    pointers = [v.data_ptr() for k, v in state.items() if not k.endswith("weight_normalized")]
+    assert len(set(pointers)) == len(pointers)
+
+
 def test_names_with_the_prefix_of_ddp_are_read(tmp_path: Path) -> None:
     def wrap(held: dict[str, Any]) -> None:
         held["state_dict"] = {f"module.{k}": v for k, v in held["state_dict"].items()}

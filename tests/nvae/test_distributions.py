@@ -65,7 +65,8 @@ def test_colour_probabilities_of_all_levels_sum_to_one(generator: torch.Generato
     x = torch.cartesian_prod(values, values, values).T.reshape(1, 3, 1, -1)
     logits = torch.randn(1, 20, 1, 1, generator=generator, dtype=torch.float64)
     output = MixtureOfLogistics(logits.expand(-1, -1, -1, x.shape[-1]), levels)
-    assert float(output.log_prob(x).exp().sum()) == pytest.approx(1, abs=1e-6)
+    # Not exactly: below 1e-5 a bin's probability is its density times its width.
+    assert float(output.log_prob(x).exp().sum()) == pytest.approx(1, abs=1e-4)
 
 
 def test_grey_samples_follow_the_mixture(generator: torch.Generator) -> None:

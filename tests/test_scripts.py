@@ -147,3 +147,20 @@ def test_training_needs_pytorch_and_installs_none(run, tmp_path):
     told = run(ROOT / "scripts/sample.sh", **PATHS, PYTHON=str(tmp_path / "absent"))
     assert told.returncode == 2
     assert "no PyTorch 2.10 or newer" in told.stderr
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_continuous_integration_adds_goldens_and_images_that_lie_beside_the_checkout(
+    run, tmp_path, beside
+):
+    checkout = tmp_path / "checkout"
+    (checkout / "scripts").mkdir(parents=True)
+    (checkout / ".ci").mkdir()
+    shutil.copy(ROOT / ".ci/run", checkout / ".ci/run")
+    (checkout / "scripts/test.sh").write_text('echo "${GOLDENS:-none} ${CIFAR10:-none}"\n')
+    folders = [tmp_path / "shared" / name for name in ("a/goldens", "b/goldens", "data")]
+    for folder in folders if beside else []:
+        folder.mkdir(parents=True)
+    told = run(checkout / ".ci/run")
+    first, second, data = folders
+    assert told.stdout == (f"{first}:{second} {data}\n" if beside else "none none\n")

@@ -16,7 +16,8 @@ die() {
     exit 2
 }
 
-# help_wanted "$@": for -h or --help print the calling script's header comment and leave.
+# help_wanted "$@": for -h or --help print the calling script's header comment and leave. To be
+# called before any cd: $0 may be relative.
 help_wanted() {
     local argument
     for argument in "$@"; do

@@ -28,7 +28,9 @@ def golden_roots() -> list[Path]:
 
 def nvae_cases() -> list[Path]:
     """Folders of NVAE cases; a name that occurs twice is taken once."""
-    found = {c.parent.name: c.parent for r in golden_roots() for c in sorted(r.glob("*/case.json"))}
+    found = {
+        c.parent.name: c.parent for r in golden_roots() for c in sorted(r.glob("*/case.json"))
+    }
     return [found[name] for name in sorted(found)]
 
 

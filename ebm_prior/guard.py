@@ -17,7 +17,8 @@ MEMORY = 10  # steps the running means look back
 # Working runs keep the mean of f(u-) - f(u+) within 0.1 (digits) or 1.5 (small CIFAR-10 models);
 # those that passed about 5 were at -115 twenty steps later.
 DIFFERENCE = 5.0
-# Negatives have deviation 1.00 to 1.11 in working runs; 4.8, 13, 184 in lost ones.
+# Negatives have deviation 1.00 to 1.11 in working runs; 4.8, 13, 184 in lost ones. In units of the
+# data's own, should that be above 1: an encoder that does not fit its prior makes it so.
 U_STD = 2.0
 # A layer's loss, in magnitude: where the reference stops.
 LOSS = 1e15
@@ -50,6 +51,7 @@ class Measured:
     loss: float
     difference: float
     u_std: float
+    data_std: float  # of the posterior draws, before noise
     gradient: float
     worst_layer: float
 
@@ -59,7 +61,7 @@ class Guard:
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
-        self.difference, self.u_std = 0.0, 1.0
+        self.difference, self.u_std, self.data_std = 0.0, 1.0, 1.0
         self.seen = self.halvings = 0
 
     def judge(self, step: Measured) -> str | None:
@@ -75,30 +77,36 @@ class Guard:
         share = 1 / min(self.seen, MEMORY)
         self.difference += share * (step.difference - self.difference)
         self.u_std += share * (step.u_std - self.u_std)
+        self.data_std += share * (step.data_std - self.data_std)
         if abs(self.difference) > self.limits.difference:
             return (
                 f"mean f(u-) - f(u+) is {self.difference:.3g}, limit +-{self.limits.difference:g}"
             )
-        if self.u_std > self.limits.u_std:
+        if self._spread > self.limits.u_std:
             return (
-                f"deviation of the negatives u- is {self.u_std:.3g}, limit {self.limits.u_std:g}"
+                f"the deviation of u- is {self.u_std:.3g}, limit {self.limits.u_std:g} times the"
+                f" data's {self.data_std:.3g}"
             )
         return None
+
+    @property
+    def _spread(self) -> float:
+        return self.u_std / max(1.0, self.data_std)
 
     @property
     def well(self) -> bool:
         """Far enough from the limits for the present state to be worth going back to."""
         limit = self.limits
-        inside = (abs(self.difference) / limit.difference, (self.u_std - 1) / (limit.u_std - 1))
+        inside = (abs(self.difference) / limit.difference, (self._spread - 1) / (limit.u_std - 1))
         return max(inside) < 0.5
 
     def went_back(self) -> None:
         """Forget the means: they are of the steps that were undone."""
         self.halvings += 1
-        self.difference, self.u_std, self.seen = 0.0, 1.0, 0
+        self.difference, self.u_std, self.data_std, self.seen = 0.0, 1.0, 1.0, 0
 
     def state_dict(self) -> dict[str, Any]:
-        names = ("difference", "u_std", "seen", "halvings")
+        names = ("difference", "u_std", "data_std", "seen", "halvings")
         return {name: getattr(self, name) for name in names}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:

@@ -56,7 +56,7 @@ class TrainSettings:
         grad_clip: largest norm of the gradient; 0 is off.
         squared_penalty: weight of f(u-)^2 + f(u+)^2 in the loss.
         guard_difference: limit of |mean f(u-) - f(u+)|; None chooses one for the prior.
-        guard_u_std: limit of the deviation of the negatives.
+        guard_u_std: limit of the deviation of the negatives, in units of the data's if above 1.
         guard_every: steps between states to go back to.
         max_halvings: times the learning rate is halved before training gives up.
         save_every: steps between saves; grid_every: between pictures of grid_size samples.
@@ -139,6 +139,7 @@ class Summary:
     seconds: float  # of all calls together
     difference: float
     u_std: float
+    data_std: float
     halvings: int
     signal: int  # number of the signal that stopped it, 0 if it is done
 
@@ -249,7 +250,8 @@ class Trainer:
                             break
         finally:
             log.close()
-        watched = self.guard.difference, self.guard.u_std, self.guard.halvings
+        guard = self.guard
+        watched = guard.difference, guard.u_std, guard.data_std, guard.halvings
         return Summary(self.step, steps, self.seconds, *watched, signal=stopped_by)
 
     def _iterate(self, x: Tensor, log: RunLog, interrupt: Interrupt) -> int:
@@ -301,17 +303,19 @@ class Trainer:
         worst = info.layer_loss.abs().max()
         signal = torch.tensor(float(asked), device=self.device)
         lost = ~u.isfinite().all()
-        own = (loss.detach(), info.difference, info.u_std, gradient, worst, signal, lost)
+        means = (loss.detach(), info.difference, info.u_std, u.std(), gradient)
         # One message carries all that the processes must agree on: divergence, and stopping.
-        every = parallel.gather(torch.stack([value.float() for value in own]))
-        mean, largest = every.mean(0).tolist(), every.amax(0).tolist()
-        if largest[6]:
+        numbers = torch.stack([value.float() for value in (*means, worst, signal, lost)])
+        every = parallel.gather(numbers)
+        worst_layer, asked, lost_somewhere = every[:, len(means) :].amax(0).tolist()
+        if lost_somewhere:
             raise ValueError(
                 f"step {self.step + 1}: the backbone's posterior holds NaN or infinite values;"
                 " check the checkpoint with `ebm_prior doctor`, or try --bn_readjust"
             )
-        mean_loss, difference, u_std, norm, *_ = mean
-        return Measured(mean_loss, difference, u_std, norm, largest[4]), int(largest[5])
+        loss_mean, difference, u_std, data_std, norm = every[:, : len(means)].mean(0).tolist()
+        measured = Measured(loss_mean, difference, u_std, data_std, norm, worst_layer)
+        return measured, int(asked)
 
     @property
     def _lr(self) -> float:

@@ -148,8 +148,8 @@ def run(args: argparse.Namespace) -> int:
     import ebm_prior
     from nvae import checkpoint, runtime
 
-    torch.set_grad_enabled(False)  # chains enable it for themselves
-    with runtime.started(settings.device) as here:
+    # Chains enable gradients for themselves.
+    with runtime.started(settings.device) as here, torch.no_grad():
         vae = checkpoint.load(settings.checkpoint, device=str(here.device))
         prior = ebm_prior.load(settings.prior, vae)
         draw_all(settings, prior, vae.config.image_shape, here)

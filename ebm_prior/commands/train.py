@@ -419,10 +419,10 @@ def told(command: Run, summary: Summary) -> str:
     halved = f"; the learning rate was halved {summary.halvings} times" if summary.halvings else ""
     text = (
         f"{state} {summary.step} of {summary.steps} steps in {summary.seconds:.0f} s. Of the last"
-        f" steps: mean f(u-) - f(u+) {summary.difference:+.3g} (near 0 is right), deviation of u-"
-        f" {summary.u_std:.3f} (near 1 is right){halved}. {out} holds prior.safetensors (the"
-        " prior), last.pt (to go on from), config.json, args.json, metrics.jsonl, tensorboard/"
-        " and grids/."
+        f" steps: mean f(u-) - f(u+) {summary.difference:+.3g} (near 0 is right), deviation of the"
+        f" chains' u {summary.u_std:.3f} (the data's: {summary.data_std:.3f}){halved}. {out} holds"
+        " prior.safetensors (the prior), last.pt (to go on from), config.json, args.json,"
+        " metrics.jsonl, tensorboard/ and grids/."
     )
     if not summary.done:
         return f"{text} Go on with the same command and --resume auto."

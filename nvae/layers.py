@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nvae import distributed
+
 
 def normalised(kernel: Tensor, log_norm: Tensor) -> Tensor:
     r"""The effective kernel of a weight-normalised convolution (contract 1.1).
@@ -66,10 +68,7 @@ class DataInitConv2d(Conv2d):
         kernel = normalised(self.weight.flatten(1), self.weight.new_zeros(self.out_channels))
         out = self._conv_forward(x, kernel.view_as(self.weight), None).to(self.weight.dtype)
         mean, std = out.mean(dim=(0, 2, 3)), 5 * out.std(dim=(0, 2, 3))
-        if _several_processes():
-            both = torch.stack([mean, std])
-            torch.distributed.all_reduce(both)
-            mean, std = both / torch.distributed.get_world_size()
+        mean, std = distributed.mean(torch.stack([mean, std]))
         assert self.bias is not None
         self.bias.copy_(-mean / (std + 1e-5))
         self.log_weight_norm.copy_(-(std + 1e-5).log().view(-1, 1, 1, 1))
@@ -177,7 +176,7 @@ class SyncedBatchNorm2d(nn.BatchNorm2d):
         super().__init__(channels, eps=1e-5, momentum=0.05)
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training or not _several_processes():
+        if not self.training or not distributed.several():
             return super().forward(x)
         return self._over_processes(x)
 
@@ -186,14 +185,12 @@ class SyncedBatchNorm2d(nn.BatchNorm2d):
 
         PyTorch's SyncBatchNorm refuses CPU tensors and replaces subclasses by itself.
         """
-        from torch.distributed.nn.functional import all_reduce
-
         wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         var, mean = torch.var_mean(wide, dim=(0, 2, 3), correction=0)
         row = torch.cat([mean, var, mean.new_full((1,), x.numel() // x.shape[1])])
-        rows = [torch.zeros_like(row)] * torch.distributed.get_world_size()
-        rows[torch.distributed.get_rank()] = row
-        means, variances, counts = all_reduce(torch.stack(rows)).split(
+        rows = [torch.zeros_like(row)] * distributed.world_size()
+        rows[distributed.rank()] = row
+        means, variances, counts = distributed.total(torch.stack(rows)).split(
             [len(mean), len(mean), 1], 1
         )
         total = counts.sum()
@@ -252,11 +249,3 @@ def nearest_x2() -> nn.Module:
 def bilinear_x2() -> nn.Module:
     """Up-sampling of the skip path: it differs from the main path's."""
     return nn.Upsample(scale_factor=2, mode="bilinear", align_corners=True)
-
-
-def _several_processes() -> bool:
-    return (
-        torch.distributed.is_available()
-        and torch.distributed.is_initialized()
-        and torch.distributed.get_world_size() > 1
-    )

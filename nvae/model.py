@@ -254,9 +254,18 @@ class AutoEncoder(nn.Module):
                 f"images of shape {tuple(x.shape)}, expected (B, "
                 f"{', '.join(map(str, self.config.image_shape))}) for {self.config.dataset}"
             )
+        return self.posterior_pass(self.encode(x), eps, generator)
+
+    def posterior_pass(
+        self,
+        bottom_up: BottomUp,
+        eps: Sequence[Tensor] | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Forward:
+        """`forward` from what the encoder saw: repeated draws need the encoder only once."""
         layers: list[LayerRecord] = []
-        choose = self.posterior_choice(self.encode(x), eps, generator, layers)
-        logits = self.walk(x.shape[0], choose)
+        choose = self.posterior_choice(bottom_up, eps, generator, layers)
+        logits = self.walk(bottom_up.top.shape[0], choose)
         assert logits is not None
         log_q = [layer.posterior.log_prob(layer.z_before_flow) for layer in layers]
         log_p = [layer.prior.log_prob(layer.z) for layer in layers]

@@ -1,0 +1,100 @@
+"""ELBO and importance-weighted bound of a data set."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from nvae import likelihood, losses
+from nvae.arch import DATA_SETS, ModelConfig
+from nvae.likelihood import importance_weighted
+from nvae.model import AutoEncoder
+
+CONFIG = ModelConfig(
+    dataset="digits",
+    num_groups_per_scale=2,
+    num_latent_per_group=2,
+    num_channels_enc=4,
+    num_channels_dec=4,
+    num_preprocess_blocks=1,
+    num_postprocess_blocks=1,
+    num_preprocess_cells=1,
+    num_postprocess_cells=1,
+    num_mixture_dec=2,
+)
+
+
+def digits(count: int = 10) -> list[torch.Tensor]:
+    return list(torch.randint(17, (count, 1, 8, 8)) / 16)
+
+
+def test_with_one_sample_the_bound_is_one_draw_of_the_weight() -> None:
+    model = AutoEncoder(CONFIG).eval()
+    x = torch.stack(digits())
+    nelbo, bound = likelihood.bounds(model, x, 1, generator=torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        result = model(x, generator=torch.Generator().manual_seed(3))
+    reconstruction = losses.reconstruction_loss(model.decoder_output(result.logits), x)
+    torch.testing.assert_close(nelbo, reconstruction + sum(result.kl_all))
+    torch.testing.assert_close(bound, reconstruction + result.log_q - result.log_p)
+
+
+def test_more_samples_tighten_the_bound_and_leave_the_elbo() -> None:
+    torch.manual_seed(1)
+    model = AutoEncoder(CONFIG)
+    images = digits(60)
+    one = importance_weighted(model, images, 1, batch_size=20)
+    many = importance_weighted(model, images, 30, batch_size=20)
+    assert many.neg_log_p < one.neg_log_p - 0.1
+    assert many.neg_log_p < many.nelbo
+    assert many.nelbo == pytest.approx(one.nelbo, rel=0.05)
+    assert many.nelbo_bpd == pytest.approx(many.nelbo / (64 * math.log(2)))
+    assert many.images == 60
+    assert model.training
+
+
+def test_every_image_counts_once_whatever_the_last_batch_holds() -> None:
+    model = AutoEncoder(CONFIG).eval()
+    images = digits(7)
+    got = importance_weighted(model, images, 2, batch_size=3, seed=5)
+    parts = [
+        likelihood.bounds(
+            model, torch.stack(images[i : i + 3]), 2, generator=likelihood.seeded("cpu", 5, i // 3)
+        )
+        for i in (0, 3, 6)
+    ]
+    expected = [float(torch.cat(p).mean()) for p in zip(*parts, strict=True)]
+    assert [got.nelbo, got.neg_log_p] == pytest.approx(expected)
+
+
+def test_nothing_to_measure_is_refused() -> None:
+    with pytest.raises(ValueError, match="got 0 images"):
+        importance_weighted(AutoEncoder(CONFIG), [], 1, batch_size=2)
+
+
+def test_bits_per_dimension_count_the_values_of_an_image() -> None:
+    assert likelihood.bits_per_dim(DATA_SETS["mnist"]) == pytest.approx(1 / (784 * math.log(2)))
+    assert likelihood.bits_per_dim(DATA_SETS["cifar10"]) == pytest.approx(1 / (3072 * math.log(2)))
+
+
+def _worker(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
+    )
+    model, images = torch.load(f"{folder}/in.pt", weights_only=False)
+    torch.save(importance_weighted(model, images, 3, batch_size=2), f"{folder}/{rank}.pt")
+    torch.distributed.destroy_process_group()
+
+
+def test_two_processes_measure_what_one_does(tmp_path: Path) -> None:
+    model, images = AutoEncoder(CONFIG), digits(5)
+    torch.save((model, images), tmp_path / "in.pt")
+    torch.multiprocessing.spawn(_worker, (str(tmp_path),), nprocs=2)
+    alone = importance_weighted(model, images, 3, batch_size=2)
+    for rank in range(2):
+        together = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
+        assert tuple(together) == pytest.approx(tuple(alone))

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
 
     from ebm_prior.batches import Batches
     from ebm_prior.prior import PriorConfig
-    from ebm_prior.trainer import Summary, Trainer, TrainSettings
+    from ebm_prior.settings import TrainSettings
+    from ebm_prior.trainer import Summary, Trainer
     from nvae.model import AutoEncoder
     from nvae.runtime import Runtime
 
@@ -84,9 +85,14 @@ TRAINING_FLAGS: dict[str, tuple[Any, str]] = {
     "bn_readjust": (bool, "re-estimate the VAE's BatchNorm from its own samples first"),
     "bn_iterations": (int, "batches for that"),
 }
-# name -> (default, type, help)
+# name -> (default, type or choices, help)
 RUN_FLAGS: dict[str, tuple[Any, Any, str]] = {
     "seed": (0, int, "of weights, order and noise"),
+    "optimizer": (
+        "adam",
+        ("adam", "apex_adam"),
+        "apex_adam: NVIDIA's fused one, if built here; the same to rounding",
+    ),
     "log_every": (10, int, "steps between lines of metrics.jsonl"),
     "save_every": (500, int, "steps between saves"),
     "grid_every": (500, int, "steps between grids of samples; 0: none"),
@@ -124,9 +130,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     main.add_argument("--dry_run", action="store_true", help="print the settings as JSON and stop")
     for name, (default, kind, text) in RUN_FLAGS.items():
         text += "" if default is None else " (%(default)s)"
-        main.add_argument(
-            f"--{name}", type=kind, metavar=METAVAR[kind], default=default, help=text
-        )
+        form = {"type": kind, "metavar": METAVAR.get(kind)}
+        if isinstance(kind, tuple):
+            form = {"choices": kind}
+        main.add_argument(f"--{name}", default=default, help=text, **form)
 
     for title, flags in (("the prior", PRIOR_FLAGS), ("the training", TRAINING_FLAGS)):
         group = parser.add_argument_group(f"{title} (defaults: the preset's)")
@@ -231,8 +238,11 @@ def check_paths(command: Run) -> None:
 
 def train(command: Run, here: Runtime) -> int:
     """Check everything, then train, and say what was written."""
+    from ebm_prior import apex
     from nvae import checkpoint
 
+    if command.options["optimizer"] == "apex_adam":
+        apex.check(here.device)
     say = Say(here)
     vae = checkpoint.load(command.checkpoint, device=str(here.device))
     batches = open_data(command, vae, say)
@@ -346,7 +356,7 @@ def prior_config(command: Run, shapes: tuple[tuple[int, ...], ...]) -> PriorConf
 
 def train_settings(command: Run, batches_per_epoch: int) -> TrainSettings:
     """The trainer's part of the settings, with the length in steps."""
-    from ebm_prior.trainer import TrainSettings
+    from ebm_prior.settings import TrainSettings
 
     given = {**command.settings, **command.options}
     length = given["iterations"] or given["epochs"] * batches_per_epoch

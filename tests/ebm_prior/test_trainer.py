@@ -16,7 +16,8 @@ from ebm_prior.batches import Batches, seeded
 from ebm_prior.ema import Average
 from ebm_prior.guard import Guard, Limits, Measured
 from ebm_prior.prior import EBMPrior, PriorConfig
-from ebm_prior.trainer import Trainer, TrainSettings
+from ebm_prior.settings import TrainSettings
+from ebm_prior.trainer import Trainer
 from tests.ebm_prior.toys import LinearGaussian
 
 SMALL = {
@@ -332,6 +333,23 @@ def test_a_lost_run_goes_back_and_halves_the_learning_rate(tmp_path, capsys):
     assert all(torch.equal(states[5][k], v) for k, v in states[4].items())
     # Step 6 is in the second epoch.
     assert metrics(tmp_path, "lr") == pytest.approx([1e-2] * 5 + [5e-3 * 0.9])
+
+
+def test_the_state_to_go_back_to_is_not_touched_by_training_on_from_it(tmp_path):
+    training = trainer(tmp_path, guard_every=4, iterations=7)
+    judge, kept = training.guard.judge, {}
+
+    def planted(step):
+        if training.step != 4:
+            return judge(step)
+        kept.update(run_state.on_cpu(training.good["optimizer"]["state"]))
+        return "planted"
+
+    training.guard.judge = planted
+    training.run()
+    assert kept
+    for number, moments in training.good["optimizer"]["state"].items():
+        assert all(torch.equal(kept[number][name], value) for name, value in moments.items())
 
 
 def test_a_run_that_is_lost_again_and_again_stops_with_the_last_good_state_saved(tmp_path):

@@ -28,6 +28,7 @@ def attach(
     prior: str | os.PathLike[str] | EBMPrior,
     *,
     args: Mapping[str, Any] | argparse.Namespace | None = None,
+    block_size: int | None = None,
 ) -> EBMPrior:
     """Replace `model.sample(num_samples, t)` on this instance by draws from the prior.
 
@@ -40,6 +41,8 @@ def attach(
         model: our `AutoEncoder`, or any live module with NVAE's state dict and `sample`.
         prior: a file, or a prior in memory.
         args: the `args` of the model's checkpoint; needed unless the model is ours.
+        block_size: how many chains run at once; they need the memory of a backward pass, of which
+            the caller of `sample` may know nothing. None: as many as samples are asked for.
 
     Returns:
         The prior as attached, on a view of the model: its energies are those of a prior given.
@@ -47,13 +50,16 @@ def attach(
     Raises:
         ValueError: a prior made for another backbone, or a model that is not what `args` say.
     """
+    if block_size is not None and block_size < 1:
+        raise ValueError(f"block_size is {block_size}, expected at least 1, or None for no limit")
     backbone = NVAEBackbone(model, config=_config(model, args))
     if isinstance(prior, EBMPrior):
         attached = _on(backbone, prior)
     else:
         attached = checkpoint.load(prior, backbone)
     sample: Any = model.sample
-    sample = AttachedSample(model, attached, getattr(sample, "gaussian", sample))
+    gaussian = getattr(sample, "gaussian", sample)
+    sample = AttachedSample(model, attached, gaussian, block_size)
     model.sample = sample
     return attached
 
@@ -61,8 +67,15 @@ def attach(
 class AttachedSample:
     """What stands in for `model.sample`; `gaussian` is the method it stands for."""
 
-    def __init__(self, model: nn.Module, prior: EBMPrior, gaussian: Callable[..., Tensor]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        prior: EBMPrior,
+        gaussian: Callable[..., Tensor],
+        block_size: int | None = None,
+    ) -> None:
         self.model, self.prior, self.gaussian = model, prior, gaussian
+        self.block_size = block_size
         self._batches_seen = _batches_seen(model)
 
     @torch.no_grad()
@@ -87,8 +100,12 @@ class AttachedSample:
         with torch.inference_mode(False), torch.autocast(backbone.device.type, enabled=False):
             backbone.refresh()
             self.prior.to(backbone.device)
-            u = self.prior.sample_u(num_samples, generator=generator)
-            return backbone.logits(u, t)
+            size = self.block_size or num_samples
+            blocks = [
+                self.prior.sample_u(min(size, num_samples - first), generator=generator)
+                for first in range(0, num_samples, size)
+            ]
+            return backbone.logits(torch.cat(blocks), t)
 
 
 def _config(model: nn.Module, args: Mapping[str, Any] | argparse.Namespace | None) -> ModelConfig:

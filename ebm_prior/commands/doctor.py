@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import importlib
 import importlib.metadata
-import importlib.util
 import json
 import platform
 import sys
@@ -13,6 +11,8 @@ import time
 from collections.abc import Callable, Iterator
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
+
+from ebm_prior import apex
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -119,7 +119,9 @@ def machine() -> Checks:
     else:
         text = f"none, this PyTorch is for the CPU; {torch.get_num_threads()} threads"
         yield Check(OK, "cuda", text)
-    yield Check(OK, "apex", _apex())
+    reason = apex.why_not()
+    text = f"not needed; {reason}" if reason else "fit for `ebm_prior train --optimizer apex_adam`"
+    yield Check(OK, "apex", text)
     for name, purpose in PACKAGES.items():
         try:
             yield Check(OK, name, importlib.metadata.version(name))
@@ -268,16 +270,6 @@ def _kept(backbone: NVAEBackbone, u: Tensor) -> int:
         z = backbone.to_z(u.requires_grad_())
     del z  # alive until here, so that no address was used twice
     return sum(storages.values())
-
-
-def _apex() -> str:
-    if importlib.util.find_spec("apex") is None:
-        return "not installed, not needed: fused Adamax and synchronised BatchNorm are built in"
-    try:
-        importlib.import_module("apex")
-    except Exception as error:  # a broken build fails in any way
-        return f"installed but broken ({type(error).__name__}), not used"
-    return "installed, not used"
 
 
 def _guarded(subject: str, checks: Callable[[], Checks]) -> Checks:

@@ -42,7 +42,16 @@ def test_the_machine_is_always_looked_at(diagnose):
     status, table = diagnose()
     assert status == 0
     assert table["torch"] == ("ok", torch.__version__)
-    assert "not needed" in table["apex"][1]
+
+
+@pytest.mark.parametrize(
+    ("reason", "text"), [("absent", "not needed; absent"), (None, "--optimizer apex_adam")]
+)
+def test_apex_is_told_to_be_fit_or_not_needed(diagnose, monkeypatch, reason, text):
+    monkeypatch.setattr(doctor.apex, "why_not", lambda: reason)
+    verdict, told = diagnose()[1]["apex"]
+    assert verdict == "ok"
+    assert text in told
 
 
 def test_a_sound_pair_is_all_ok(tmp_path, diagnose, model):

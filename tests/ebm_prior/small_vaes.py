@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from torch import nn
 
 from ebm_prior.prior import EBMPrior, PriorConfig
 from nvae import checkpoint
@@ -30,6 +31,23 @@ def vae(seed=0, dataset="digits", num_latent=2, **further):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return AutoEncoder(config).eval()
+
+
+class Upstream(nn.Module):
+    """A stranger with NVAE's state dict: the same tree, another class, upstream's `sample`."""
+
+    def __init__(self, model):
+        super().__init__()
+        self._modules.update(model._modules)
+        self._parameters.update(model._parameters)
+        self.__dict__["inner"] = model
+        self.eval()
+
+    def sample(self, num_samples, t):
+        return self.inner.sample(num_samples, t)
+
+    def decoder_output(self, logits):
+        return self.inner.decoder_output(logits)
 
 
 def written(path, model):

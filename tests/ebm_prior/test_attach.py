@@ -15,21 +15,7 @@ import ebm_prior
 from ebm_prior import checkpoint
 from ebm_prior.backbones.nvae import NVAEBackbone
 from nvae import batchnorm
-from tests.ebm_prior.small_vaes import prior, vae
-
-
-class Upstream(nn.Module):
-    """A stranger with NVAE's state dict: the same tree, another class, upstream's `sample`."""
-
-    def __init__(self, model):
-        super().__init__()
-        self._modules.update(model._modules)
-        self._parameters.update(model._parameters)
-        self.__dict__["inner"] = model
-        self.eval()
-
-    def sample(self, num_samples, t):
-        return self.inner.sample(num_samples, t)
+from tests.ebm_prior.small_vaes import Upstream, prior, vae
 
 
 @pytest.fixture
@@ -97,6 +83,25 @@ def test_autocast_and_inference_mode_around_the_call_change_nothing(model, path)
         inside = model.sample(2, 0.7, generator=seeded())
     assert inside.dtype == torch.float32
     assert torch.equal(inside, plain)
+
+
+def test_chains_run_in_blocks_of_the_size_that_is_given(model, path):
+    ebm_prior.attach(model, path, block_size=2)
+    sizes, sample_u = [], model.sample.prior.sample_u
+
+    def noted(num, **others):
+        sizes.append(num)
+        return sample_u(num, **others)
+
+    model.sample.prior.sample_u = noted
+    logits = model.sample(5, 0.7, generator=seeded())
+    assert sizes == [2, 2, 1]
+    assert len(logits) == 5
+    again = seeded()
+    u = torch.cat([sample_u(size, generator=again) for size in sizes])
+    assert torch.equal(logits, model.sample.prior.backbone.logits(u, 0.7))
+    with pytest.raises(ValueError, match="block_size is 0, expected at least 1"):
+        ebm_prior.attach(model, path, block_size=0)
 
 
 def test_attaching_again_replaces_and_deleting_detaches(model, path):

@@ -150,8 +150,12 @@ class NormalDecoder:
         generator: torch.Generator | None = None,
         noise: Tensor | tuple[Tensor, Tensor] | None = None,
     ) -> Tensor:
-        """A pixel sample; `t` is not used, as upstream. `noise` is normal, (B, 3, H, W)."""
-        return self.normal.sample(generator, _single(noise)).clamp(-1, 1) / 2 + 0.5
+        """A pixel sample. `noise` is normal, (B, 3, H, W).
+
+        Upstream ignores the temperature here, which is 1.
+        """
+        y = self.normal.tempered(t).sample(generator, _single(noise))
+        return y.clamp(-1, 1) / 2 + 0.5
 
     def mean(self) -> Tensor:
         """Not clamped: values may leave [0, 1]."""

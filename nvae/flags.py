@@ -8,12 +8,24 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
-MODES = ("sample", "evaluate", "evaluate_fid")
+MODES = ("sample", "evaluate", "evaluate_fid", "reconstruct", "encode")
+FEATURES = ("2048", "1280", "768", "192", "64", "random")
+READJUST_BATCH = {"evaluate_fid": 2}  # upstream's, and 16 in mode `sample`
 
-DESCRIPTION = "Draw images from an NVAE checkpoint, with its Gaussian prior or with an EBM prior."
+DESCRIPTION = """\
+Draw images from an NVAE checkpoint, with its Gaussian prior or with an EBM prior, and measure it.
+
+modes:
+  sample        images as npz, PNG files and a grid
+  evaluate      likelihood of the held-out images: ELBO and importance-weighted bound, in bits/dim
+  evaluate_fid  FID, KID and IS of samples against statistics that python -m nvae.fid_stats wrote
+  reconstruct   your own pictures in --data, and what the model makes of them, side by side
+  encode        their latents, u and z, as npz
+"""
 
 EXAMPLES = """\
 examples:
@@ -27,6 +39,13 @@ examples:
   50000 images at low temperature with re-estimated batch norm, on two GPUs:
     torchrun --nproc_per_node 2 -m nvae.evaluate --checkpoint checkpoint.pt --save OUT \\
         --temp 0.6 --readjust_bn --format npz
+
+  bits per dimension; reconstructions of pictures in a folder; FID with local Inception weights:
+    python -m nvae.evaluate --checkpoint checkpoint.pt --save OUT --eval_mode evaluate --data DATA
+    python -m nvae.evaluate --checkpoint checkpoint.pt --save OUT --eval_mode reconstruct \\
+        --data PICTURES
+    python -m nvae.evaluate --checkpoint checkpoint.pt --save OUT --eval_mode evaluate_fid \\
+        --fid_dir STATS --inception pt_inception-2015-12-05.pth
 """
 
 
@@ -54,14 +73,25 @@ class Settings:
     format: str
     grid: int
     ebm_prior: str | None
+    pixels: str
+    pixel_temp: float
+    upstream_temp: bool
     readjust_iterations: int
+    readjust_batch: int
+    bn_cache: str | None
+    inception: str | None
+    features: str
+    num_reconstructions: int
     dry_run: bool
 
     def __post_init__(self) -> None:
         for name, least in (
             ("num_samples", 1),
             ("block_size", 1),
+            ("num_iw_samples", 1),
             ("readjust_iterations", 1),
+            ("readjust_batch", 0),
+            ("num_reconstructions", 0),
             ("world_size", 1),
             ("batch_size", 0),
             ("grid", 0),
@@ -69,14 +99,16 @@ class Settings:
         ):
             if getattr(self, name) < least:
                 raise ValueError(f"--{name} {getattr(self, name)}: expected at least {least}")
-        if not (math.isfinite(self.temp) and self.temp > 0):
+        for name in ("temp", "pixel_temp"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ValueError(
+                    f"--{name} {value}: expected a positive number (1 is what was trained)"
+                )
+        if self.ebm_prior and self.eval_mode not in ("sample", "evaluate_fid"):
             raise ValueError(
-                f"--temp {self.temp}: expected a positive number (1 is the trained prior)"
-            )
-        if self.eval_mode != "sample":
-            raise ValueError(
-                f"--eval_mode {self.eval_mode} is not part of this version; use --eval_mode sample"
-                " (its npz files hold the images that upstream's FID programs read)"
+                f"--ebm_prior has no part in --eval_mode {self.eval_mode}, which draws nothing"
+                " from a prior; leave it out"
             )
 
 
@@ -102,17 +134,25 @@ def parser() -> argparse.ArgumentParser:
     theirs.add_argument(
         "--eval_on_train",
         action="store_true",
-        help="mode evaluate: use the training images",
+        help="use the training images of the data set, not those held out",
     )
-    theirs.add_argument("--data", default="/tmp/data", help="data directory (%(default)s)")
+    theirs.add_argument(
+        "--data",
+        default="/tmp/data",
+        help="data directory: a folder of pictures, else the checkpoint's data set (%(default)s)",
+    )
     theirs.add_argument(
         "--readjust_bn",
         action="store_true",
         help="re-estimate the batch-norm statistics from samples at --temp first;"
-        " needed for temperatures well below 1 and when samples come out as NaN or as noise",
+        " needed for temperatures well below 1 and when samples come out as NaN or as noise;"
+        " not used by mode evaluate",
     )
     theirs.add_argument(
-        "--temp", type=float, default=0.7, help="temperature of the prior (%(default)s)"
+        "--temp",
+        type=float,
+        default=0.7,
+        help="temperature of the prior (%(default)s; mode evaluate_fid: 1 if not given)",
     )
     theirs.add_argument(
         "--num_iw_samples",
@@ -161,7 +201,33 @@ def parser() -> argparse.ArgumentParser:
         metavar="FILE",
         help="sample from this energy-based prior (prior.safetensors), made for this checkpoint",
     )
-    ours.add_argument("--num_samples", type=int, default=50000, help="images in all (%(default)s)")
+    ours.add_argument(
+        "--num_samples",
+        type=int,
+        default=50000,
+        help="images in all; of a folder at most (%(default)s)",
+    )
+    ours.add_argument(
+        "--pixels",
+        choices=("mode", "mean", "sample"),
+        default="mode",
+        help="an image is the decoder's mean, or a pixel sample of it; mode: a sample in mode"
+        " sample and the mean otherwise, as upstream; binary images are always means",
+    )
+    ours.add_argument(
+        "--pixel_temp",
+        type=float,
+        default=1.0,
+        metavar="T",
+        help="temperature of pixel samples; upstream's mixture decoder divides by it, so there"
+        " less is noisier (%(default)s)",
+    )
+    ours.add_argument(
+        "--upstream_temp",
+        action="store_true",
+        help="ignore temperatures where upstream does: evaluate_fid draws at 1 whatever --temp is"
+        " (which --readjust_bn follows), and Gaussian decoders ignore --pixel_temp",
+    )
     ours.add_argument(
         "--format",
         choices=("npz", "png", "both"),
@@ -191,7 +257,28 @@ def parser() -> argparse.ArgumentParser:
         type=int,
         default=500,
         metavar="N",
-        help="batches of 16 samples for --readjust_bn (%(default)s)",
+        help="batches for --readjust_bn (%(default)s)",
+    )
+    ours.add_argument(
+        "--readjust_batch",
+        type=int,
+        default=0,
+        metavar="N",
+        help="samples in each; 0 is upstream's number: 16, in mode evaluate_fid 2 (%(default)s)",
+    )
+    ours.add_argument(
+        "--bn_cache",
+        metavar="DIR",
+        help="where re-estimated statistics are kept and found again (the folder of --save)",
+    )
+    add_network_flags(ours)
+    ours.add_argument(
+        "--num_reconstructions",
+        type=int,
+        default=0,
+        metavar="N",
+        help="mode evaluate_fid: also the FID of the reconstructions of at most N images of --data"
+        " (%(default)s)",
     )
     ours.add_argument(
         "--device", default="auto", help="auto (a GPU if there is one), cpu, cuda, cuda:N"
@@ -200,11 +287,38 @@ def parser() -> argparse.ArgumentParser:
     return result
 
 
+def add_network_flags(group: argparse._ArgumentGroup) -> None:
+    """The network whose features are compared."""
+    group.add_argument(
+        "--inception",
+        metavar="FILE",
+        help="weights of FID's Inception network, pt_inception-2015-12-05 as .pth or .safetensors",
+    )
+    group.add_argument(
+        "--features",
+        choices=FEATURES,
+        default="2048",
+        help="2048 are those of FID; fewer are of an earlier layer, and random of a small network"
+        " of fixed random weights: both for relative use, not comparable with FID (%(default)s)",
+    )
+
+
 def settings(argv: Sequence[str] | None = None) -> Settings:
     """Parse the command line.
 
     Raises:
-        ValueError: a value out of range, or a mode that is not part of this version.
+        ValueError: a value out of range, or flags that do not go together.
     """
-    namespace = parser().parse_args(argv)
-    return Settings(**{field.name: getattr(namespace, field.name) for field in fields(Settings)})
+    words = list(sys.argv[1:] if argv is None else argv)
+    given = vars(parser().parse_args(words))
+    mode = given["eval_mode"]
+    if mode == "evaluate_fid" and not given["upstream_temp"] and not _has(words, "--temp"):
+        given["temp"] = 1.0  # the number upstream's command gives; its default belongs to samples
+    if given["pixels"] == "mode":
+        given["pixels"] = "sample" if mode == "sample" else "mean"
+    given["readjust_batch"] = given["readjust_batch"] or READJUST_BATCH.get(mode, 16)
+    return Settings(**{field.name: given[field.name] for field in fields(Settings)})
+
+
+def _has(words: Sequence[str], flag: str) -> bool:
+    return any(word == flag or word.startswith(f"{flag}=") for word in words)

@@ -66,7 +66,7 @@ def frechet(reference: Statistics, other: Statistics) -> float:
     Raises:
         ValueError: statistics of different features.
     """
-    _check_same_features(reference, other)
+    check_same_features(reference, other.label, len(other.mean))
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     # Never synchronised: what each process has is everybody's already.
@@ -148,12 +148,21 @@ def _quietly(seed: int) -> Iterator[None]:
         yield
 
 
-def _check_same_features(a: Statistics, b: Statistics) -> None:
-    if a.mean.shape != b.mean.shape or (a.label and b.label and a.label != b.label):
-        told = [f"{len(s.mean)} features ({s.label or 'of no name'})" for s in (a, b)]
+def check_same_features(reference: Statistics, label: str | None, count: int) -> None:
+    """Refuse to compare different features.
+
+    Raises:
+        ValueError: with both kinds.
+    """
+    differ = reference.label and label and reference.label != label
+    if len(reference.mean) != count or differ:
+        told = [
+            f"{size} features ({name or 'of no name'})"
+            for size, name in ((len(reference.mean), reference.label), (count, label))
+        ]
         raise ValueError(
-            f"statistics of different features: {told[0]} and {told[1]}; compute both with the"
-            " same --features and --inception"
+            f"the reference statistics are of {told[0]}, the others of {told[1]}; compute both"
+            " with the same --features and --inception"
         )
 
 

@@ -12,6 +12,8 @@ from PIL import Image
 
 from nvae import checkpoint, evaluate, flags
 from nvae.arch import ModelConfig
+from nvae.evaluation.blocks import Block
+from nvae.evaluation.job import Job
 from nvae.model import AutoEncoder
 from tests.conftest import nvae_cases
 
@@ -97,8 +99,9 @@ def test_a_dry_run_prints_the_settings_and_does_nothing(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--eval_mode", "evaluate"], "evaluate is not part of this version; use --eval_mode"),
-        (["--eval_mode", "evaluate_fid"], "evaluate_fid is not part of this version"),
+        (["--eval_mode", "encode", "--ebm_prior", "p"], "no part in --eval_mode encode"),
+        (["--num_iw_samples", "0"], "--num_iw_samples 0: expected at least 1"),
+        (["--pixel_temp", "-1"], "--pixel_temp -1.0: expected a positive number"),
         (["--temp", "0"], "--temp 0.0: expected a positive number"),
         (["--temp", "nan"], "expected a positive number"),
         (["--num_samples", "0"], "--num_samples 0: expected at least 1"),
@@ -240,10 +243,12 @@ def test_images_that_are_not_finite_are_refused_with_advice():
     model = SimpleNamespace(
         config=SimpleNamespace(data=SimpleNamespace(output="color")),
         sample=lambda count, t, generator: torch.zeros(count, 3, 4, 4).log(),
-        decoder_output=lambda logits: SimpleNamespace(sample=lambda generator: logits),
+        decoder_output=lambda logits: SimpleNamespace(sample=lambda t, generator: logits),
     )
+    here = SimpleNamespace(device="cpu")
+    job = Job(flags.settings([]), here, None, model, {}, {})
     with pytest.raises(ValueError, match=r"4 of 4 images hold NaN .* try --readjust_bn"):
-        evaluate.draw(model, 4, 0.7, evaluate.generator_of(0, 0))
+        job.draw(Block(0, 0, 4, 0))
 
 
 def test_a_missing_checkpoint_and_a_folder_that_cannot_be_are_one_line(tmp_path, cifar10):

@@ -26,7 +26,7 @@ def test_a_set_is_at_distance_zero_from_itself_and_a_shift_counts_squared(genera
 @pytest.mark.parametrize(
     ("features", "message"),
     [
-        (torch.zeros(5, 3), "different features: 4 .* and 3"),
+        (torch.zeros(5, 3), "are of 4 features .* others of 3"),
         (torch.full((5, 4), float("nan")), "not finite"),
     ],
 )

@@ -1,0 +1,1 @@
+"""What `python -m nvae.evaluate` can do, one module per kind of mode."""

@@ -195,7 +195,7 @@ class Trainer:
             self.good, self.good_step = self._learned(), step
         if last or asked or step % settings.save_every == 0:
             self._save(log)
-        if settings.grid_every and (step == 1 or last or step % settings.grid_every == 0):
+        if self._picture_due(len(x)):
             self._draw(log)
         return asked
 
@@ -310,6 +310,15 @@ class Trainer:
         """A context with the weights that are saved and sampled."""
         return self.ema.applied() if self.ema is not None else contextlib.nullcontext()
 
+    def _picture_due(self, batch_size: int) -> bool:
+        """Every `grid_every` steps and at the end, but not if it took longer than the training."""
+        settings = self.settings
+        if not settings.grid_every:
+            return False
+        chains = settings.grid_size * self.prior.config.max_T  # as many as a step of that batch
+        worth = self.step * batch_size >= chains
+        return self.step % settings.grid_every == 0 or (self.step >= settings.iterations and worth)
+
     @torch.no_grad()
     def _draw(self, log: RunLog) -> None:
         """Samples from the same noise each time, and once what the Gaussian prior makes of it."""
@@ -327,7 +336,7 @@ class Trainer:
             return
         gaussian, samples = (torch.cat(part).cpu() for part in zip(*blocks, strict=True))
         grids = self.out / "grids"
-        if self.step == 1:
+        if not (grids / "gaussian.png").exists():
             picture = self.show(grids / "gaussian.png", gaussian, "Gaussian prior")
             log.picture(0, "gaussian", picture)
         caption = f"EBM prior, step {self.step}"

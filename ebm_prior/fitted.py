@@ -1,4 +1,4 @@
-"""The fitted Gaussian: the cheapest prior that closes part of the hole, hence every row's control."""
+"""The fitted Gaussian: the cheapest prior that closes part of the hole, a control for the rest."""
 
 from __future__ import annotations
 

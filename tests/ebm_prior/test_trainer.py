@@ -388,12 +388,12 @@ def test_pictures_come_from_the_same_noise_at_every_nth_step_and_the_last(tmp_pa
 
 def test_a_short_run_draws_no_picture_that_takes_longer_than_it_did(tmp_path):
     sizes = []
-    for size in (16, 17):  # 6 steps of 8 images are as much work as 16 samples with max_T 3
+    for size in (24, 25):  # 6 steps of 8 images are as much work as 24 samples with max_T 2
         shown = []
         out = tmp_path / str(size)
         trainer(out, show=lambda *a, s=shown: s.append(a), grid_every=500, grid_size=size).run()
         sizes += [size] if shown else []
-    assert sizes == [16]
+    assert sizes == [24]
 
 
 def test_pictures_do_not_change_the_training(tmp_path):

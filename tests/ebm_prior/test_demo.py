@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,6 +13,8 @@ from ebm_prior.commands.demo.features import PixelComponents, train_classifier
 from ebm_prior.commands.demo.measure import KINDS, Ruler, draw
 from ebm_prior.commands.demo.training import Job
 from nvae import checkpoint, data
+
+GOLDEN = Path(__file__).parents[1] / "golden"
 
 
 @pytest.fixture(scope="module")
@@ -110,3 +113,8 @@ def test_settings_out_of_range_are_refused(flag, tmp_path, capsys):
     assert main(["demo", "--out", str(tmp_path / "new"), flag]) == 2
     assert flag.split("=")[0] in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+def test_an_nvae_of_other_images_is_refused():
+    with pytest.raises(ValueError, match="NVAE of cifar10, expected one of the digits"):
+        compare.kl_weight(GOLDEN / "nvae" / "cifar10_vanilla_one_group" / "checkpoint.pt")

@@ -24,9 +24,11 @@ from nvae import checkpoint, data, images
 ROWS, COLUMNS = 3, 16  # of each kind in the picture
 
 
-def run(settings: Settings, backbone: Path, backbone_kl1: Path) -> None:
+def run(settings: Settings, backbone_kl1: Path) -> None:
     """Write `report.json`, `gaussian_vs_ebm.png` and `prior.safetensors`; print the table."""
     started = time.perf_counter()
+    backbone = settings.checkpoint
+    kl_weights = [kl_weight(path) for path in (backbone, backbone_kl1)]
     torch.set_num_threads(1)
     digits, held_out = (data.load("digits", None, train=half) for half in (True, False))
     x, x_held_out = (
@@ -54,10 +56,10 @@ def run(settings: Settings, backbone: Path, backbone_kl1: Path) -> None:
 
     report = {
         "seconds": round(time.perf_counter() - started, 1),
-        "kl_weight": checkpoint.read(backbone).args["kl_weight"],
+        "kl_weight": kl_weights[0],
         "runs": [rows[job.out] for job in jobs],
         "at_kl_weight_1": {
-            "kl_weight": checkpoint.read(backbone_kl1).args["kl_weight"],
+            "kl_weight": kl_weights[1],
             "runs": [rows[extra.out]],
         },
         "real": {"confident": ruler.measure(x_held_out)["confident"]},
@@ -82,6 +84,18 @@ def run(settings: Settings, backbone: Path, backbone_kl1: Path) -> None:
         shutil.copyfile(jobs[0].prior, temporary)
     print(told(report))
     print(f"\nwrote {settings.out}/report.json, gaussian_vs_ebm.png, prior.safetensors")
+
+
+def kl_weight(path: Path) -> float:
+    """The KL weight a checkpoint was trained with.
+
+    Raises:
+        ValueError: it is not an NVAE of the digits.
+    """
+    read = checkpoint.read(path)
+    if read.config.dataset != "digits":
+        raise ValueError(f"{path} is an NVAE of {read.config.dataset}, expected one of the digits")
+    return float(read.args.get("kl_weight", 1.0))
 
 
 def save_picture(

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
     from ebm_prior.attach import attach
     from ebm_prior.backbones.base import Backbone
     from ebm_prior.checkpoint import load
+    from ebm_prior.config import PriorConfig
     from ebm_prior.latents import Layout
-    from ebm_prior.prior import EBMPrior, PriorConfig
+    from ebm_prior.prior import EBMPrior
 
 __all__ = ["Backbone", "EBMPrior", "Layout", "PriorConfig", "__version__", "attach", "load"]
 
@@ -27,7 +28,7 @@ _HOME = {
     "Backbone": "backbones.base",
     "EBMPrior": "prior",
     "Layout": "latents",
-    "PriorConfig": "prior",
+    "PriorConfig": "config",
     "attach": "attach",
     "load": "checkpoint",
 }

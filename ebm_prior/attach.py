@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from ebm_prior import checkpoint
 from ebm_prior.backbones.nvae import NVAEBackbone
+from ebm_prior.fingerprint import backbone_fingerprint, check_fingerprint
 from ebm_prior.prior import EBMPrior
 from nvae.arch import ModelConfig
 from nvae.model import AutoEncoder
@@ -122,9 +123,7 @@ def _config(model: nn.Module, args: Mapping[str, Any] | argparse.Namespace | Non
 def _on(backbone: NVAEBackbone, prior: EBMPrior) -> EBMPrior:
     """The same energies on another view of the same weights."""
     given = prior.backbone
-    checkpoint.check_fingerprint(
-        "the prior", checkpoint.backbone_fingerprint(given), backbone.fingerprint()
-    )
+    check_fingerprint("the prior", backbone_fingerprint(given), backbone.fingerprint())
     if isinstance(given, NVAEBackbone):
         backbone = backbone.with_bn_statistics(given.bn_statistics)
     attached = EBMPrior(backbone, prior.config)

@@ -7,7 +7,6 @@ Metadata: `format`, `config` (JSON), `fingerprint`, `step`, `version`.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -19,58 +18,19 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from ebm_prior._version import __version__
 from ebm_prior.backbones.base import Backbone
+from ebm_prior.config import PriorConfig
 from ebm_prior.energy import EnergyNets
 from ebm_prior.files import written_whole
-from ebm_prior.prior import EBMPrior, PriorConfig
+from ebm_prior.fingerprint import backbone_fingerprint, check_fingerprint
+from ebm_prior.prior import EBMPrior
 
 FORMAT = 1
 BN = "bn."
-BN_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
-# Old files lack the alias, and re-estimation changes the buffers: neither is the backbone's name.
-NOT_FINGERPRINTED = {"weight_normalized", *BN_BUFFERS}
 PathLike = str | os.PathLike[str]
-
-
-def fingerprint(state_dict: Mapping[str, Tensor]) -> str:
-    """Name a backbone: sha256 over its parameters' names, shapes and float32 bytes, sorted."""
-    digest = hashlib.sha256()
-    for name in sorted(state_dict):
-        if name.rpartition(".")[2] in NOT_FINGERPRINTED:
-            continue
-        value = state_dict[name].detach().to("cpu", torch.float32).contiguous()
-        digest.update(f"{name} {tuple(value.shape)}\n".encode())
-        digest.update(value.numpy().tobytes())
-    return digest.hexdigest()
-
-
-def bn_statistics(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The BatchNorm entries of a state dict, for `save`."""
-    return {k: v for k, v in state_dict.items() if k.rpartition(".")[2] in BN_BUFFERS}
-
-
-def backbone_fingerprint(backbone: Backbone) -> str:
-    """Its own `fingerprint()` if it has one, else that of its `state_dict()`, else "none"."""
-    own = getattr(backbone, "fingerprint", None)
-    if own is not None:
-        return str(own())
-    return fingerprint(backbone.state_dict()) if isinstance(backbone, nn.Module) else "none"
-
-
-def check_fingerprint(name: str, trained_on: str, given: str) -> None:
-    """Refuse a prior of another backbone: its energies mean nothing there.
-
-    Raises:
-        ValueError: with both fingerprints.
-    """
-    if trained_on != given:
-        raise ValueError(
-            f"{name} was trained on the backbone {trained_on}, got the backbone {given};"
-            " give it the checkpoint it was trained on, or train a prior for this one"
-        )
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ebm_prior.spectral_norm import SNConv2d, SNLinear
 
 if TYPE_CHECKING:
-    from ebm_prior.prior import PriorConfig
+    from ebm_prior.config import PriorConfig
 
 EMBEDDING = 128  # values of the time embedding
 

@@ -9,8 +9,8 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from ebm_prior.config import PriorConfig
 from ebm_prior.latents import Layout
-from ebm_prior.prior import PriorConfig
 
 MEMORY = 10  # steps the running means look back
 

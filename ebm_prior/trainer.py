@@ -19,6 +19,7 @@ from ebm_prior import apex, checkpoint, parallel, run_state
 from ebm_prior.batches import seeded
 from ebm_prior.ema import Average
 from ebm_prior.files import written_whole
+from ebm_prior.fingerprint import backbone_fingerprint
 from ebm_prior.guard import Guard, Limits, Measured
 from ebm_prior.interrupt import Interrupt
 from ebm_prior.prior import EBMPrior
@@ -91,7 +92,7 @@ class Trainer:
         self.prior, self.data, self.settings, self.out = prior, data, settings, Path(out)
         self.device = next(prior.energies.parameters()).device
         self.bn_statistics = bn_statistics
-        self.fingerprint = fingerprint or checkpoint.backbone_fingerprint(prior.backbone)
+        self.fingerprint = fingerprint or backbone_fingerprint(prior.backbone)
         self.show, self.bar = show, bar
         config = {k: v for k, v in prior.config.to_dict().items() if k != "preset"}
         self.facts = {

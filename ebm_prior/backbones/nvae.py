@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ebm_prior.backbones.base import Moments
-from ebm_prior.checkpoint import fingerprint
+from ebm_prior.fingerprint import fingerprint
 from ebm_prior.latents import Layout
 from nvae.arch import ModelConfig
 from nvae.distributions import Normal
@@ -57,7 +57,7 @@ class NVAEBackbone:
         return self.model.prior_ftr0.device
 
     def fingerprint(self) -> str:
-        """The parameters' name: `ebm_prior.checkpoint.fingerprint`."""
+        """The parameters' name: `ebm_prior.fingerprint.fingerprint`."""
         return fingerprint(self.model.state_dict())
 
     def with_bn_statistics(self, statistics: Mapping[str, Tensor] | None) -> NVAEBackbone:

@@ -56,6 +56,7 @@ def run(args: argparse.Namespace) -> int:
     import nvae
     from ebm_prior import checkpoint
     from ebm_prior.backbones.nvae import NVAEBackbone
+    from ebm_prior.fingerprint import bn_statistics
     from nvae import batchnorm, runtime
 
     model = nvae.load(args.checkpoint, device=runtime.pick_device(args.device))
@@ -77,7 +78,7 @@ def run(args: argparse.Namespace) -> int:
             generator=torch.Generator().manual_seed(args.seed),
             progress=True,
         )
-        statistics = checkpoint.bn_statistics(model.state_dict())
+        statistics = bn_statistics(model.state_dict())
     checkpoint.save(args.out, prior, bn_statistics=statistics)
     config = prior.config
     print(

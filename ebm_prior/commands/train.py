@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ebm_prior.batches import Batches
-    from ebm_prior.prior import PriorConfig
+    from ebm_prior.config import PriorConfig
     from ebm_prior.settings import TrainSettings
     from ebm_prior.trainer import Summary, Trainer
     from nvae.model import AutoEncoder
@@ -348,7 +348,7 @@ def make_trainer(
 
 def prior_config(command: Run, shapes: tuple[tuple[int, ...], ...]) -> PriorConfig:
     """The prior's part of the settings."""
-    from ebm_prior.prior import PriorConfig
+    from ebm_prior.config import PriorConfig
 
     chosen = {name: command.settings[name] for name in PRIOR_SETTINGS}
     return PriorConfig(shapes=shapes, preset=command.preset, **chosen)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ebm_prior.prior import EBMPrior, PriorConfig
+from ebm_prior.config import PriorConfig
+from ebm_prior.prior import EBMPrior
 from nvae import checkpoint
 from nvae.arch import ModelConfig
 from nvae.model import AutoEncoder

@@ -14,6 +14,7 @@ from torch import nn
 import ebm_prior
 from ebm_prior import checkpoint
 from ebm_prior.backbones.nvae import NVAEBackbone
+from ebm_prior.fingerprint import fingerprint
 from nvae import batchnorm
 from tests.ebm_prior.small_vaes import Upstream, prior, vae
 
@@ -152,7 +153,7 @@ def test_a_prior_in_memory_is_attached_with_its_own_energies(model):
 
 def test_a_prior_of_another_backbone_is_refused_with_both_fingerprints(model, path):
     other = vae(seed=1)
-    names = [checkpoint.fingerprint(m.state_dict()) for m in (model, other)]
+    names = [fingerprint(m.state_dict()) for m in (model, other)]
     for given in (path, prior(NVAEBackbone(model))):
         with pytest.raises(ValueError, match=f"{names[0]}.*{names[1]}"):
             ebm_prior.attach(other, given)

@@ -16,6 +16,7 @@ import ebm_prior
 from ebm_prior import checkpoint
 from ebm_prior._version import __version__
 from ebm_prior.backbones.nvae import NVAEBackbone
+from ebm_prior.fingerprint import fingerprint
 from ebm_prior.latents import Layout
 from nvae import batchnorm
 from tests.conftest import golden_files
@@ -52,26 +53,26 @@ def rewritten(path, change):
 
 def test_the_fingerprint_sees_every_parameter_and_no_alias_or_statistic(model):
     state = model.state_dict()
-    name = checkpoint.fingerprint(state)
+    name = fingerprint(state)
     assert len(name) == 64
-    assert name == checkpoint.fingerprint(dict(reversed(state.items())))
+    assert name == fingerprint(dict(reversed(state.items())))
     ignored = {
         k: v + 1 if k.rpartition(".")[2] in checkpoint.NOT_FINGERPRINTED else v
         for k, v in state.items()
     }
-    assert name == checkpoint.fingerprint(ignored)
+    assert name == fingerprint(ignored)
     old = {k: v for k, v in state.items() if not k.endswith("weight_normalized")}
-    assert name == checkpoint.fingerprint(old)
+    assert name == fingerprint(old)
     for key in ("prior_ftr0", "stem.log_weight_norm", "dec_tower.0.conv.weight"):
-        assert name != checkpoint.fingerprint({**state, key: state[key] + 1e-6})
-        assert name != checkpoint.fingerprint({**state, key: state[key].flatten()})
+        assert name != fingerprint({**state, key: state[key] + 1e-6})
+        assert name != fingerprint({**state, key: state[key].flatten()})
 
 
 def test_readjustment_and_precision_do_not_change_the_fingerprint(model):
-    name = checkpoint.fingerprint(model.state_dict())
+    name = fingerprint(model.state_dict())
     batchnorm.readjust(model, temperature=1.0, iterations=2, batch_size=4)
-    assert checkpoint.fingerprint(model.state_dict()) == name
-    assert checkpoint.fingerprint(model.double().state_dict()) == name
+    assert fingerprint(model.state_dict()) == name
+    assert fingerprint(model.double().state_dict()) == name
 
 
 # --- save and load
@@ -103,7 +104,7 @@ def test_the_file_says_what_it_is(saved, model):
     file = checkpoint.read(saved)
     assert file.step == 7
     assert file.version == __version__
-    assert file.fingerprint == checkpoint.fingerprint(model.state_dict())
+    assert file.fingerprint == fingerprint(model.state_dict())
     assert file.bn_statistics is None
     _, metadata = contents(saved)
     assert metadata["format"] == "1"
@@ -174,7 +175,7 @@ def test_a_crash_while_writing_leaves_the_old_file(saved, model, monkeypatch):
 
 def test_another_backbone_is_refused_with_both_fingerprints(saved, model):
     other = vae(seed=1)
-    names = [checkpoint.fingerprint(m.state_dict()) for m in (model, other)]
+    names = [fingerprint(m.state_dict()) for m in (model, other)]
     with pytest.raises(ValueError, match=f"{names[0]}.*{names[1]}"):
         ebm_prior.load(saved, other)
 

@@ -11,6 +11,7 @@ import torch
 from ebm_prior import checkpoint
 from ebm_prior.backbones.nvae import NVAEBackbone
 from ebm_prior.commands import doctor
+from ebm_prior.fingerprint import bn_statistics, fingerprint
 from tests.ebm_prior.small_vaes import prior, vae, written
 
 
@@ -56,13 +57,13 @@ def test_apex_is_told_to_be_fit_or_not_needed(diagnose, monkeypatch, reason, tex
 
 def test_a_sound_pair_is_all_ok(tmp_path, diagnose, model):
     path = written(tmp_path / "checkpoint.pt", model)
-    statistics = checkpoint.bn_statistics(model.state_dict())
+    statistics = bn_statistics(model.state_dict())
     made = prior(NVAEBackbone(model))
     checkpoint.save(tmp_path / "p.safetensors", made, bn_statistics=statistics, step=9)
     status, table = diagnose("--checkpoint", path, "--prior", tmp_path / "p.safetensors")
     assert status == 0
     assert {verdict for verdict, _ in table.values()} == {"ok"}
-    assert table["fingerprint"][1] == checkpoint.fingerprint(model.state_dict())
+    assert table["fingerprint"][1] == fingerprint(model.state_dict())
     assert table["latents"][1] == "2 layers, 40 coordinates"
     assert "trained on this checkpoint" in table["backbone"][1]
     assert "training step 9" in table["prior"][1]

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import normalize, silu
 
+from ebm_prior.config import PriorConfig
 from ebm_prior.energy import (
     ConvEnergy,
     EnergyNets,
@@ -14,7 +15,6 @@ from ebm_prior.energy import (
     halvings,
     time_embedding,
 )
-from ebm_prior.prior import PriorConfig
 from ebm_prior.spectral_norm import SNConv2d, SNLinear
 
 PUBLISHED = {  # contract, networks.md: trainable / spectral norm buffers, 20 channels

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 import torch
 
+from ebm_prior.config import PriorConfig
 from ebm_prior.energy import ConvEnergy, EnergyNets, ResidualEnergy, time_embedding
-from ebm_prior.prior import EBMPrior, PriorConfig
+from ebm_prior.prior import EBMPrior
 from ebm_prior.schedule import Schedule, forward_pair
 from tests.conftest import golden_files
 from tests.ebm_prior.toys import ExplicitHierarchy

@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from ebm_prior.commands.train import PRIOR_FLAGS, TRAINING_FLAGS
+from ebm_prior.config import PriorConfig
 from ebm_prior.presets import PRESETS, PRIOR_SETTINGS, resolved
-from ebm_prior.prior import EBMPrior, PriorConfig
+from ebm_prior.prior import EBMPrior
 from ebm_prior.settings import TrainSettings
 from nvae.arch import DATA_SETS
 from tests.ebm_prior.toys import LinearGaussian

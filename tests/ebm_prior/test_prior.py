@@ -8,9 +8,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from ebm_prior.config import PriorConfig
 from ebm_prior.energy import EnergyNets
 from ebm_prior.latents import Layout
-from ebm_prior.prior import EBMPrior, PriorConfig
+from ebm_prior.prior import EBMPrior
 from ebm_prior.schedule import forward_pair
 from tests.ebm_prior.toys import Energies, LinearGaussian
 

@@ -14,8 +14,9 @@ import torch
 from torch.nn.functional import normalize
 
 from ebm_prior import langevin
+from ebm_prior.config import PriorConfig
 from ebm_prior.latents import Layout
-from ebm_prior.prior import EBMPrior, PriorConfig
+from ebm_prior.prior import EBMPrior
 from ebm_prior.schedule import Schedule, at, forward_pair
 from tests.ebm_prior.toys import Energies, ExplicitHierarchy, LinearGaussian
 

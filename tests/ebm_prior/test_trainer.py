@@ -13,9 +13,10 @@ import torch
 
 from ebm_prior import checkpoint, parallel, run_state
 from ebm_prior.batches import Batches, seeded
+from ebm_prior.config import PriorConfig
 from ebm_prior.ema import Average
 from ebm_prior.guard import Guard, Limits, Measured
-from ebm_prior.prior import EBMPrior, PriorConfig
+from ebm_prior.prior import EBMPrior
 from ebm_prior.settings import TrainSettings
 from ebm_prior.trainer import Trainer
 from tests.ebm_prior.toys import LinearGaussian

@@ -92,6 +92,10 @@ DATA_SETS: dict[str, DataSet] = {
     "lsun_bedroom_256": DataSet(256),
     "lsun_church_64": DataSet(64),
     "lsun_church_128": DataSet(128),
+    "lsun_church_256": DataSet(256),
+    "lsun_tower_64": DataSet(64),
+    "lsun_tower_128": DataSet(128),
+    "lsun_tower_256": DataSet(256),
     "digits": DataSet(8, channels=1, output="grey", levels=17),
 }
 

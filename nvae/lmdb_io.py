@@ -1,5 +1,7 @@
 """Read-only access to NVAE's LMDB files and to LSUN's, with names in every complaint.
 
+`python -m nvae.lmdb_io convert` makes such files (`nvae/convert`).
+
 An environment is opened anew in each process that reads it (data loader workers may be forked or
 spawned), so objects of this module hold a path and no handle, and can be pickled.
 """
@@ -10,12 +12,29 @@ import contextlib
 import io
 import math
 import os
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
+
+from nvae import arch, lmdb_pages
+
+RAW = ("celeba_256", "ffhq", "imagenet_32", "imagenet_64")
+LSUN = {"bedroom": "bedroom", "church": "church_outdoor", "tower": "tower"}
+#: The data sets that are kept in LMDB.
+NAMES = ("celeba_64", *RAW, *(n for n in arch.DATA_SETS if n.startswith("lsun_")))
+CELEBA_BOX = (15, 40, 163, 188)  # left, top, right, bottom in an aligned 178x218 photograph
+
+
+def directory(name: str, split: str) -> str:
+    """The environment's name below the data folder; `split` is train, validation or test."""
+    if name.startswith("lsun_"):
+        return f"{LSUN[name.split('_')[1]]}_{'val' if split == 'validation' else split}_lmdb"
+    return f"{split}.lmdb"
+
 
 # path -> (process, environment). LMDB allows one handle per file and process, and a forked child
 # inherits a handle that it may only close.
@@ -37,7 +56,7 @@ def _environment(path: Path) -> Any:
     except lmdb.Error as error:
         raise ValueError(f"{path} is not a readable LMDB environment: {error}") from None
     try:
-        _refuse_truncated(path, environment)
+        refuse_truncated(path, environment)
     except ValueError:
         environment.close()
         raise
@@ -45,7 +64,7 @@ def _environment(path: Path) -> Any:
     return environment
 
 
-def _refuse_truncated(path: Path, environment: Any) -> None:
+def refuse_truncated(path: Path, environment: Any) -> None:
     """Compare the file's size to the last page that its header claims.
 
     LMDB maps the file into memory; touching a page past its end kills the process (SIGBUS), so
@@ -78,19 +97,31 @@ class Records:
         if not (self.path / "data.mdb").is_file():
             raise ValueError(f"no LMDB environment (a directory holding data.mdb) at {path}")
         self._keys: list[bytes] | None = None
+        leaves = self._leaves()
+        if numbered:
+            self._length = sum(map(len, leaves))
+        else:
+            self._keys = [key for leaf in leaves for key in leaf]
+            self._length = len(self._keys)
+        if not self._length:
+            raise ValueError(f"{path} holds no records")
         with self._reading() as transaction:
-            self._length = transaction.stat()["entries"]
-            if not self._length:
-                raise ValueError(f"{path} holds no records")
-            if not numbered:
-                self._keys = list(transaction.cursor().iternext(keys=True, values=False))
-            elif any(transaction.get(self.key(i)) is None for i in (0, self._length - 1)):
-                first = next(transaction.cursor().iternext(keys=True, values=False))
+            if any(transaction.get(self.key(i)) is None for i in (0, self._length - 1)):
+                first = next(self._leaves())[0]
                 raise ValueError(
                     f"{path}: expected {self._length} records under the keys 0 to"
                     f" {self._length - 1}, got others, the first {first[:40]!r}; is this the LMDB"
                     " of another data set?"
                 )
+
+    def _leaves(self) -> Iterator[list[bytes]]:
+        """The keys in sorted order; checks every page that the library will walk over."""
+        data = self.path / "data.mdb"
+        last = _environment(self.path).info()["last_txnid"]
+        try:
+            yield from lmdb_pages.leaf_keys(data, last)
+        except ValueError as error:
+            raise ValueError(f"{data}: {error}") from None
 
     @contextlib.contextmanager
     def _reading(self, index: int | None = None) -> Iterator[Any]:
@@ -151,3 +182,26 @@ def encoded_image(record: bytes) -> Image.Image:
         # SyntaxError: what Pillow raises on some damaged PNG files.
         problem = "nothing but zero bytes" if not any(record) else str(error)
         raise ValueError(f"cannot be decoded as an image: {problem}") from None
+
+
+def celeba_face(record: bytes) -> Image.Image:
+    """An aligned CelebA photograph, cropped to its 148x148 face."""
+    image = encoded_image(record)
+    if image.width < CELEBA_BOX[2] or image.height < CELEBA_BOX[3]:
+        raise ValueError(
+            f"a photograph of {image.width}x{image.height}; expected CelebA's aligned 178x218"
+        )
+    return image.crop(CELEBA_BOX)
+
+
+def decoder(name: str) -> Callable[[bytes], Image.Image]:
+    """What makes a picture of a record of this data set."""
+    if name in RAW:
+        return raw_image
+    return celeba_face if name == "celeba_64" else encoded_image
+
+
+if __name__ == "__main__":
+    from nvae.convert.command import main
+
+    sys.exit(main())

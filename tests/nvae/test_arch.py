@@ -86,7 +86,7 @@ def test_old_arguments_are_filled_in() -> None:
         ({"num_nf": -1}, "num_nf: got -1, expected 0 to"),
         ({"num_x_bits": 9}, "num_x_bits: got 9, expected 1 to 8"),
         ({"num_channels_dec": 2.0}, "num_channels_dec: got 2.0, expected a value of type int"),
-        ({"dataset": "lsun_tower_64"}, "dataset: got 'lsun_tower_64', expected one of mnist"),
+        ({"dataset": "imagenet_128"}, "dataset: got 'imagenet_128', expected one of mnist"),
         ({"arch_instance": "res_mbconv9"}, "mconv_e3k9g0, mconv_e6k9g0 were never defined"),
         ({"num_postprocess_blocks": 1}, "num_postprocess_blocks: got 1, expected 2"),
         ({"num_latent_scales": 5}, "32 pixels wide and cannot be halved 6 times"),

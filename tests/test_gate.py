@@ -38,6 +38,7 @@ sys.exit(status)
 
 ENTRIES = [
     ("nvae.evaluate",),
+    ("nvae.fid_stats",),
     ("nvae.train",),
     ("ebm_prior",),
     *(("ebm_prior", name) for name in COMMANDS),

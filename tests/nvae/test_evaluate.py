@@ -298,6 +298,8 @@ def test_readjusting_overrides_the_priors_statistics_and_says_so(cifar10, prior,
     (readjusted,) = run(cifar10, tmp_path / "readjusted", *common, *readjust).values()
     assert "replaces the batch-norm statistics that the prior" in capsys.readouterr().err
     assert not np.array_equal(plain, readjusted)
+    (cached,) = run(cifar10, tmp_path / "readjusted", *common, *readjust).values()
+    assert np.array_equal(cached, readjusted)
 
 
 def test_a_prior_of_another_backbone_is_refused_with_both_fingerprints(prior, tmp_path):

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 import ebm_prior
@@ -21,7 +23,7 @@ from ebm_prior.commands.demo.training import Job, train
 from ebm_prior.files import written_whole
 from nvae import checkpoint, data, images
 
-ROWS, COLUMNS = 3, 16  # of each kind in the picture
+ROWS, COLUMNS = 6, 10  # of each kind in the picture
 
 
 def run(settings: Settings, backbone_kl1: Path) -> None:
@@ -101,19 +103,20 @@ def kl_weight(path: Path) -> float:
 def save_picture(
     path: Path, real: Tensor, samples: dict[str, Tensor], row: dict[str, Any]
 ) -> None:
-    """A few rows of every kind, none picked by hand: the first ones."""
-    kinds = {"real digits": real, **{KINDS[kind]: x for kind, x in samples.items()}}
-    count = ROWS * COLUMNS
-    frechet = ", ".join(f"{KINDS[kind]} {value:.3g}" for kind, value in row["frechet"].items())
-    images.save_grid(
-        path,
-        torch.cat([x[:count] for x in kinds.values()]),
-        COLUMNS,
-        row_labels=[label if i == 0 else "" for label in kinds for i in range(ROWS)],
-        caption=f"The first {count} of each kind. Fréchet distance to the real digits,"
-        f" classifier features:\n{frechet}",
-        scale=4,
-    )
+    """A panel of every kind, two beside each other; the first images, none picked by hand."""
+    panels = []
+    for kind, x in {**samples, "real": real}.items():
+        value = f", FD {row['frechet'][kind]:.1f}" if kind in samples else ""
+        # 8x8 pixels: enlarged smoothly, or the eye sees squares before it sees digits.
+        large = F.interpolate(x[: ROWS * COLUMNS], scale_factor=5, mode="bicubic").clamp(0, 1)
+        caption = KINDS.get(kind, "real digits, held out") + value
+        panels.append(images.grid(large, COLUMNS, caption=caption, scale=1))
+    width, height = panels[0].size
+    canvas = Image.new("RGB", (2 * width, -(-len(panels) // 2) * height), "white")
+    for i, panel in enumerate(panels):
+        canvas.paste(panel, (i % 2 * width, i // 2 * height))
+    with written_whole(path) as temporary:
+        canvas.save(temporary, format="PNG")
 
 
 def told(report: dict[str, Any]) -> str:

@@ -16,12 +16,12 @@ from nvae.metrics import frechet_distance
 CONFIDENT = 0.95  # the classifier's probability from which an image counts as legible
 FIT_DRAWS = 4  # posterior draws per training image for the fitted Gaussian's covariance
 
-# Kind of sample -> what stands above its column in the picture.
+# Kind of sample -> what it is called in table and picture; in the picture two stand side by side.
 KINDS = {
     "gaussian": "Gaussian prior",
+    "ebm": "EBM prior",
     "no_model_chain": "chain, f = 0",
     "fitted_gaussian": "fitted Gaussian",
-    "ebm": "EBM prior",
     "reconstruction": "reconstructions",
 }
 

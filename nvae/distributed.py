@@ -53,6 +53,14 @@ def mean(x: Tensor) -> Tensor:
     return total(x) / world_size()
 
 
+def largest(x: Tensor) -> Tensor:
+    """The element-wise maximum of `x` over all processes, on each of them."""
+    if several():
+        x = x.clone()
+        dist.all_reduce(x, op=dist.ReduceOp.MAX)
+    return x
+
+
 def collect(value: Any) -> list[Any]:
     """Any small value of each process, in the order of ranks, on all of them."""
     every = [value] * world_size()

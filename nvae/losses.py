@@ -6,8 +6,8 @@ The one object with a memory is `SpectralNorm`: it carries its power iterations 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -84,7 +84,12 @@ class BalancedKL(NamedTuple):
     values: Tensor  # (L,), batch mean of each layer's KL; without gradient
 
 
-def balance_kl(kl_all: Sequence[Tensor], beta: float, alpha: Tensor | None = None) -> BalancedKL:
+def balance_kl(
+    kl_all: Sequence[Tensor],
+    beta: float,
+    alpha: Tensor | None = None,
+    pool: Callable[[Tensor], Tensor] = lambda size: size,
+) -> BalancedKL:
     r"""beta times the sum of the layers' KL; while beta < 1, layers with little KL are spared.
 
     .. math:: w_i \propto \frac{a_i}{\alpha_i} \sum_j a_j, \quad
@@ -93,12 +98,13 @@ def balance_kl(kl_all: Sequence[Tensor], beta: float, alpha: Tensor | None = Non
     Args:
         kl_all: per layer (B,).
         alpha: (L,), from `kl_alpha`; None turns balancing off.
+        pool: makes the mean over this process's batch that of all processes; upstream does not.
     """
     kl = torch.stack(list(kl_all))
     values = kl.detach().mean(1)
     if alpha is None or beta >= 1:
         return BalancedKL(beta * kl.sum(0), torch.ones_like(values), values)
-    size = kl.detach().abs().mean(1) + 0.01
+    size = pool(kl.detach().abs().mean(1)) + 0.01
     weights = size / alpha.to(size) * size.sum()
     weights = weights / weights.mean()
     return BalancedKL(beta * (weights[:, None] * kl).sum(0), weights, values)
@@ -201,6 +207,16 @@ class SpectralNorm:
                     self.vectors[size] = (u, v)
                 terms.append(torch.einsum("nr,nrc,nc->", u, kernels, v))
         return torch.stack(terms).sum()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The vectors, by matrix shape, and the number of calls; upstream loses both."""
+        return {"vectors": dict(self.vectors), "num_calls": self.num_calls}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        for size, vectors in state["vectors"].items():
+            u, v = (vector.to(self.groups[size][0].weight) for vector in vectors)
+            self.vectors[size] = (u, v)
+        self.num_calls = state["num_calls"]
 
 
 def _stacked_kernels(layers: Sequence[Conv2d | PlainConv2d]) -> Tensor:

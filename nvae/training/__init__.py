@@ -1,0 +1,1 @@
+"""Training an NVAE, one idea per file; the command is `nvae.train`."""

@@ -42,7 +42,7 @@ class FeatureNetwork(nn.Module):
         # TensorFloat-32 would keep only 10 bits of the mantissa in each convolution.
         with (
             torch.autocast(device.type, enabled=False),
-            torch.backends.cudnn.flags(allow_tf32=False),
+            torch.backends.cudnn.flags(enabled=True, deterministic=True, allow_tf32=False),
         ):
             for chunk in images.split(CHUNK):
                 x = chunk.to(device, torch.float32).clamp(0, 1)

@@ -214,7 +214,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             "against_sha256": sha256(str(settings.against)),
             "against_protocol": reference.protocol,
         }
-        report = {**numbers, "protocol": {**statistics.protocol, **against}}
+        protocol = {**statistics.protocol, **metrics.PROTOCOL, **against}
+        report = {**numbers, "protocol": protocol}
         write_json(path.with_suffix(".json"), report)
         fid.tell("", numbers, label)
     return 0

@@ -26,6 +26,10 @@ from nvae.runtime import written_whole
 
 KID_SUBSETS, KID_SUBSET_SIZE = 100, 1000
 IS_SPLITS = 10
+PROTOCOL = {
+    "kid": f"{KID_SUBSETS} subsets of {KID_SUBSET_SIZE} images, or of all where there are fewer",
+    "is": f"{IS_SPLITS} parts",
+}
 
 
 def key(metric: str, label: str) -> str:

@@ -54,7 +54,7 @@ def run(job: Job) -> None:
         "pixels": settings.pixels,
         "num_reconstructions": min(settings.num_reconstructions, len(held)) if held else 0,
         "reconstructed": held.name if held else None,
-        "kid_subsets": metrics.KID_SUBSETS,
+        **metrics.PROTOCOL,
     }
     job.report({**numbers, "protocol": protocol})
 

@@ -167,6 +167,13 @@ def test_without_weights_there_is_one_message_and_a_random_network(generator):
     assert told["features"] == network.label == f"random-{network.sha256[:12]}"
 
 
+@pytest.mark.gpu
+def test_a_gpu_computes_the_features_in_full_precision(small, generator):
+    network, x = inception.load(small, 192), torch.rand(4, 3, 32, 32, generator=generator)
+    expected = network(x).pooled
+    torch.testing.assert_close(network.cuda()(x).pooled, expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.weights
 def test_the_layers_of_the_real_network_see_what_they_were_normalised_for(generator):
     """Set INCEPTION to the file. BatchNorm has no learned scale, so deviations are near 1."""

@@ -56,7 +56,7 @@ def _environment(path: Path) -> Any:
     except lmdb.Error as error:
         raise ValueError(f"{path} is not a readable LMDB environment: {error}") from None
     try:
-        refuse_truncated(path, environment)
+        _refuse_truncated(path, environment)
     except ValueError:
         environment.close()
         raise
@@ -64,7 +64,14 @@ def _environment(path: Path) -> Any:
     return environment
 
 
-def refuse_truncated(path: Path, environment: Any) -> None:
+def close(path: str | os.PathLike[str]) -> None:
+    """Close the environment if this process reads it, so that it can be written or renamed."""
+    _, environment = _open.pop(Path(path).resolve(), (0, None))
+    if environment is not None:
+        environment.close()
+
+
+def _refuse_truncated(path: Path, environment: Any) -> None:
     """Compare the file's size to the last page that its header claims.
 
     LMDB maps the file into memory; touching a page past its end kills the process (SIGBUS), so
@@ -87,12 +94,15 @@ class Records:
         path: the environment, a directory holding `data.mdb`.
         numbered: keys are decimal indices (NVAE's layout); otherwise they are arbitrary and taken
             in sorted order (LSUN).
+        may_be_empty: one without records is fine.
 
     Raises:
         ValueError: missing, truncated, empty, or keys of the other layout.
     """
 
-    def __init__(self, path: str | os.PathLike[str], *, numbered: bool) -> None:
+    def __init__(
+        self, path: str | os.PathLike[str], *, numbered: bool, may_be_empty: bool = False
+    ) -> None:
         self.path = Path(path).resolve()
         if not (self.path / "data.mdb").is_file():
             raise ValueError(f"no LMDB environment (a directory holding data.mdb) at {path}")
@@ -103,6 +113,8 @@ class Records:
         else:
             self._keys = [key for leaf in leaves for key in leaf]
             self._length = len(self._keys)
+        if not self._length and may_be_empty:
+            return
         if not self._length:
             raise ValueError(f"{path} holds no records")
         with self._reading() as transaction:

@@ -39,7 +39,7 @@ def _tree(file: int, transaction: int) -> _Tree:
         if len(head) < _PAGE.size + _META.size:
             break
         fields = _META.unpack_from(head, _PAGE.size)
-        if fields[0] == _MAGIC and fields[-1] == transaction and fields[4]:
+        if fields[0] == _MAGIC and fields[-1] == transaction and fields[4] >= 256:
             depth, entries, root = fields[14], fields[18], fields[19]
             return _Tree(fields[4], root, depth, entries, fields[-2])
     raise ValueError("its header pages are damaged")
@@ -62,10 +62,12 @@ def leaf_keys(path: str | os.PathLike[str], transaction: int) -> Iterator[list[b
         left = [(tree.root, tree.depth)] if tree.entries else []
         while left:
             number, level = left.pop()
+            if number > tree.last_page:
+                raise ValueError("its header pages point outside of the file")
             page = os.pread(file, tree.page_size, number * tree.page_size)
             try:
-                if number in seen:
-                    raise ValueError("two places point to it")
+                if number in seen or len(page) < tree.page_size:
+                    raise ValueError("two places point to it, or it is not all there")
                 seen.add(number)
                 keys, children = _nodes(page, number, _LEAF if level == 1 else _BRANCH, tree)
             except ValueError as error:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.io import savemat
 from torch.utils.data import DataLoader
 
 from nvae import arch, data
@@ -74,6 +75,30 @@ def test_lsun_church_is_resized_on_its_shorter_side_and_cropped_in_the_centre(tm
     assert len(images) == 2
     assert images[0].shape == (3, 64, 64)
     assert (images[0][:, :, 1:-1] == 90 / 255).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "directory"),
+    [
+        ("lsun_bedroom_128", "bedroom_train_lmdb"),
+        ("lsun_church_128", "church_outdoor_train_lmdb"),
+        ("lsun_tower_64", "tower_train_lmdb"),
+    ],
+)
+def test_each_class_of_lsun_is_cropped_at_random_for_training(tmp_path, name, directory):
+    ramp = np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 128, 0).repeat(3, 2)
+    write_lmdb(tmp_path / directory, {"a": encoded(ramp)})
+    images = data.load(name, tmp_path, True, augment=True)
+    size = int(name.split("_")[-1])
+    seen = torch.stack([images[0] for _ in range(12)])
+    assert seen.shape == (12, 3, size, size)
+    assert len({float(image.mean()) for image in seen}) > 3
+
+
+def test_images_of_the_other_imagenet_are_refused(tmp_path):
+    write_lmdb(tmp_path / "train.lmdb", {"0": noise(64, 64, 3).tobytes()})
+    with pytest.raises(ValueError, match="images of 64 pixels; those of imagenet_32 have 32"):
+        data.load("imagenet_32", tmp_path, True)
 
 
 def test_a_broken_record_is_named_by_its_key(tmp_path):
@@ -355,6 +380,51 @@ def test_a_cut_idx_file_is_refused(tmp_path):
         data.load("mnist", tmp_path, True)
 
 
+def test_stacked_mnist_shows_three_digits_and_their_number(tmp_path):
+    pixels = noise(10, 28, 28)
+    write_mnist(tmp_path, pixels, np.arange(10, dtype=np.uint8), "train", False)
+    images = data.load("stacked_mnist", tmp_path, True)
+    assert len(images) == len(images.labels) == 20
+    assert images[0].shape == (3, 32, 32)
+    seen = []
+    for image, label in zip(images, images.labels.tolist(), strict=True):
+        written = [label // 100, label // 10 % 10, label % 10]
+        inside = (image[:, 2:30, 2:30] * 255).round().byte().numpy()
+        assert (inside == pixels[written]).all()
+        assert image[:, :2].sum() == 0
+        seen.append(written)
+    # Each channel shows every digit twice; the channels are not in step.
+    assert [sorted(channel) for channel in zip(*seen, strict=True)] == [
+        sorted([*range(10)] * 2)
+    ] * 3
+    assert len({tuple(s) for s in seen}) > 10
+    assert torch.equal(images.labels, data.load("stacked_mnist", tmp_path, True).labels)
+
+
+def test_omniglot_is_read_column_by_column_and_binarised(tmp_path):
+    strokes = np.zeros((784, 3))
+    strokes[28 * 4 + 9, 0] = 1.0  # column 4, row 9
+    strokes[:, 1] = 0.5
+    savemat(tmp_path / "chardata.mat", {"data": strokes, "testdata": strokes[:, 1:]})
+    train, held_out = (data.load("omniglot", tmp_path, half) for half in (True, False))
+    assert (len(train), len(held_out)) == (3, 2)
+    assert train[0].shape == (1, 32, 32)
+    assert train[0].nonzero().tolist() == [[0, 9 + 2, 4 + 2]]
+    # 784 fair coins: 4 standard errors are 56.
+    assert abs(train[1].sum() - 784 * 127 / 255) < 56
+    assert not torch.equal(train[1], train[1])
+    assert torch.equal(held_out[0], held_out[0])
+
+
+def test_a_matlab_file_that_is_not_omniglots_is_refused(tmp_path):
+    (tmp_path / "chardata.mat").write_bytes(b"hello")
+    with pytest.raises(ValueError, match=r"chardata\.mat is not the Omniglot file"):
+        data.load("omniglot", tmp_path, True)
+    savemat(tmp_path / "chardata.mat", {"data": np.zeros((3, 784))})
+    with pytest.raises(ValueError, match=r"data is of shape \(3, 784\), expected \(784, n\)"):
+        data.load("omniglot", tmp_path, True)
+
+
 # --- all of them
 
 
@@ -391,3 +461,13 @@ def test_batches_come_stacked_from_a_loader(tmp_path):
     write_lmdb(tmp_path / "train.lmdb", {str(i): noise(32, 32, 3).tobytes() for i in range(5)})
     loader = DataLoader(data.load("imagenet_32", tmp_path, True), batch_size=2, drop_last=True)
     assert [batch.shape for batch in loader] == [(2, 3, 32, 32)] * 2
+
+
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_workers_that_are_started_anew_read_lmdb(tmp_path, method):
+    stored = noise(6, 32, 32, 3)
+    write_lmdb(tmp_path / "train.lmdb", {str(i): s.tobytes() for i, s in enumerate(stored)})
+    images = data.load("imagenet_32", tmp_path, True)
+    assert torch.equal(images[5], chw(stored[5]))  # the file is open here, too
+    loader = DataLoader(images, batch_size=3, num_workers=2, multiprocessing_context=method)
+    assert torch.equal(torch.cat(list(loader)), torch.stack([chw(s) for s in stored]))

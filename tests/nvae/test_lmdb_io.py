@@ -1,8 +1,10 @@
 """Reading LMDB: both key layouts, workers, and every way a copy can be broken."""
 
+import contextlib
 import io
 import os
 import pickle
+import struct
 import subprocess
 import sys
 
@@ -99,6 +101,50 @@ def test_a_missing_environment_and_an_empty_one_are_refused(tmp_path):
         lmdb_io.Records(tmp_path / "none", numbered=True)
     with pytest.raises(ValueError, match="no records"):
         lmdb_io.Records(write(tmp_path / "empty", []), numbered=True)
+
+
+def tree_pages(path):
+    """Numbers of the branch and leaf pages, told by their headers."""
+    raw = (path / "data.mdb").read_bytes()
+    pages = [struct.unpack_from("<QHHHH", raw, at) for at in range(0, len(raw), 4096)]
+    return [n for n, page in enumerate(pages) if page[0] == n > 1 and page[2] in (1, 2)]
+
+
+@pytest.mark.parametrize("numbered", [True, False])
+@pytest.mark.parametrize("damage", ["zeros", "noise", "bits"])
+def test_a_damaged_page_of_the_tree_is_refused_before_the_library_meets_it(
+    tmp_path, numbered, damage, generator
+):
+    # Mixed sizes: values within the page and on pages of their own.
+    path = write(tmp_path / "x", [raw(i, side=(3, 16, 40)[i % 3]) for i in range(600)])
+    data, random = path / "data.mdb", np.random.default_rng(generator.initial_seed())
+    whole, pages = data.read_bytes(), tree_pages(path)
+    assert len(pages) > 5
+    for page in pages[:: -(-len(pages) // 20)]:
+        broken = bytearray(whole)
+        if damage == "bits":
+            # In the page's header and the first places: each must be noticed or harmless.
+            for at in random.integers(0, 40, 3):
+                broken[page * 4096 + at] ^= 1 << random.integers(8)
+        else:
+            dirt = bytes(4096) if damage == "zeros" else random.bytes(4096)
+            broken[page * 4096 : page * 4096 + 4096] = dirt
+        data.write_bytes(broken)
+        told = ""
+        try:
+            found = lmdb_io.Records(path, numbered=numbered)
+            for i in range(len(found)):
+                with contextlib.suppress(ValueError):
+                    found[i]
+        except ValueError as error:
+            told = str(error)
+        if damage != "bits":
+            assert f"{data}: page {page} of" in told
+        if damage == "zeros":
+            assert "it holds nothing but zeros" in told
+        lmdb_io.close(path)
+    data.write_bytes(whole)
+    assert len(lmdb_io.Records(path, numbered=numbered)) == 600
 
 
 def test_keys_of_another_layout_are_named(tmp_path):

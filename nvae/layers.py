@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules._functions import SyncBatchNorm
 
 from nvae import distributed
 
@@ -178,12 +179,28 @@ class SyncedBatchNorm2d(nn.BatchNorm2d):
     def forward(self, x: Tensor) -> Tensor:
         if not self.training or not distributed.several():
             return super().forward(x)
-        return self._over_processes(x)
+        assert self.num_batches_tracked is not None
+        self.num_batches_tracked += 1
+        return self._fused(x) if x.is_cuda else self._over_processes(x)
+
+    def _fused(self, x: Tensor) -> Tensor:
+        """What `nn.SyncBatchNorm` does; as a module it would replace this one and its name."""
+        return SyncBatchNorm.apply(
+            x,
+            self.weight,
+            self.bias,
+            self.running_mean,
+            self.running_var,
+            self.eps,
+            self.momentum,
+            torch.distributed.group.WORLD,
+            distributed.world_size(),
+        )
 
     def _over_processes(self, x: Tensor) -> Tensor:
         """Each process fills its row of (world, 2 C + 1); the sum over processes gathers them.
 
-        PyTorch's SyncBatchNorm refuses CPU tensors and replaces subclasses by itself.
+        PyTorch's own refuses CPU tensors.
         """
         wide = x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
         var, mean = torch.var_mean(wide, dim=(0, 2, 3), correction=0)
@@ -199,9 +216,7 @@ class SyncedBatchNorm2d(nn.BatchNorm2d):
         with torch.no_grad():
             assert self.running_mean is not None
             assert self.running_var is not None
-            assert self.num_batches_tracked is not None
             assert self.momentum is not None
-            self.num_batches_tracked += 1
             self.running_mean.lerp_(mean, self.momentum)
             self.running_var.lerp_(var * total / (total - 1), self.momentum)
         scale = self.weight * (var + self.eps).rsqrt()

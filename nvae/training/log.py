@@ -29,6 +29,7 @@ class Log:
         self._metrics: Any = None
         self._text: Any = None
         self._board = self._bar = None
+        self.tells = folder is not None
         if folder is None:
             return
         from tqdm import tqdm

@@ -96,7 +96,8 @@ def check_facts(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -
     if changed:
         raise ValueError(
             f"{path} was trained with {', '.join(changed)}; go on with the old settings, or start"
-            " a run of its own with another --save"
+            f" a run of its own with another --save. Without {LAST}, --cont_training goes on from"
+            f" {CHECKPOINT} with other settings of the training, not of the model"
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from nvae import checkpoint, distributed, losses
-from nvae.likelihood import importance_weighted
 from nvae.model import AutoEncoder
 from nvae.runtime import Runtime
 from nvae.seeds import derived
@@ -24,6 +23,7 @@ from nvae.training.guard import Guard, bad_weight, first_fault
 from nvae.training.interrupt import noted
 from nvae.training.log import Log
 from nvae.training.objective import Objective, Step
+from nvae.training.report import Report
 from nvae.training.settings import Settings
 
 ADVICE = (
@@ -81,7 +81,7 @@ class Trainer:
             len(images),  # type: ignore[arg-type]
             distributed.world_size(),
         )
-        self.step, self.seconds, self.finished = 0, 0.0, False
+        self.step, self.seconds, self.finished, self.lost = 0, 0.0, False, False
         # Of this epoch: loss, reconstruction, KL, and the number of steps.
         self.sums = torch.zeros(4, dtype=torch.float64, device=self.device)
         # BatchNorm's buffers and, of one kind each, copies that a lost step is undone with.
@@ -99,7 +99,10 @@ class Trainer:
         return self.step // self.batches.iterations
 
     def _averaging(self) -> nn.Module:
-        """The model, within what averages gradients over the processes if there are several."""
+        """The model, within what averages gradients over the processes if there are several.
+
+        The processes' weights never part; upstream averages them every 100 steps.
+        """
         if not distributed.several():
             return self.model
         return nn.parallel.DistributedDataParallel(
@@ -190,49 +193,54 @@ class Trainer:
         Raises:
             ValueError: training diverged again and again. The last good state is in `last.pt`.
         """
-        main = self.here.is_main
-        log = Log(self.folder if main else None, step=self.step, steps=self.total)
+        steps = min(self.total, self.settings.max_steps or self.total)
+        log = Log(self.folder if self.here.is_main else None, step=self.step, steps=steps)
+        report = Report(self.settings, self.model, self.held_out, log)
         if self._on_gpu:
             torch.backends.cudnn.benchmark = True
         try:
             with noted() as signals:
-                stopped_by = self._train(log, signals)
+                stopped_by = self._train(steps, report, signals)
             if self.step == self.total and not self.finished:
-                self._finish(log)
+                self._finish(report)
             return stopped_by
         finally:
             log.close()
 
-    def _train(self, log: Log, signals: list[int]) -> int:
-        steps = min(self.total, self.settings.max_steps or self.total)
-        iterations = self.batches.iterations
+    def _train(self, steps: int, report: Report, signals: list[int]) -> int:
+        iterations, epochs = self.batches.iterations, self.settings.epochs
+        save = publish = False  # what is due: last.pt, checkpoint.pt
         self.model.train()
         while self.step < steps:
-            for x in self.batches.epoch(*divmod(self.step, iterations)):
-                asked = self._step(x.to(self.device, non_blocking=True), log, signals)
-                if self.step % iterations == 0:
-                    self._end_of_epoch(log)
-                elif self.step % self.settings.save_every == 0:
-                    self._save(log)
-                if asked or self.step >= steps:
-                    return self._stop(log, asked)
+            for batch in self.batches.epoch(*divmod(self.step, iterations)):
+                x = batch.to(self.device, non_blocking=True)
+                asked = self._step(x, report, signals)
+                ended, stop = self.step % iterations == 0, asked or self.step >= steps
+                if ended:
+                    self._end_of_epoch(report)
+                save = save or ended or stop or self.step % self.settings.save_every == 0
+                publish = (
+                    publish or stop or (ended and monitor.checkpoint_due(self.epoch - 1, epochs))
+                )
+                if save and self._sound(x):
+                    if publish:
+                        self._write_checkpoint()
+                    self._save()  # at last: a state after an epoch means that its end is done
+                    save = publish = False
+                if stop:
+                    if save and self.step == self.total:
+                        raise ValueError(
+                            f"training diverged in its last steps; the last good state stays in"
+                            f" {state.LAST}, if there is one; {ADVICE}"
+                        )
+                    return asked
         return 0
 
-    def _stop(self, log: Log, asked: int) -> int:
-        """Leave a checkpoint of where training is, whether it is done or not."""
-        if self.step % self.batches.iterations:
-            self._save(log)
-        if self.step < self.total:
-            self._write_checkpoint()
-        return asked
-
-    def _step(self, x: Tensor, log: Log, signals: list[int]) -> int:
+    def _step(self, x: Tensor, report: Report, signals: list[int]) -> int:
         """One step and what it tells; the signal that asks some process to stop, or 0."""
         started = time.perf_counter()
-        random_state, spectral = self._random_state(), self.objective.spectral
-        memory = None if spectral is None else spectral.state_dict()
-        for buffers, copies in self._statistics:
-            torch._foreach_copy_(copies, buffers)
+        random_state = self._random_state()
+        undo = self._remembered()
         rate = self._rate()
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -240,23 +248,49 @@ class Trainer:
         done = self.objective.backward(x, self.step, self.scaler.scale)
         lost, asked = self._agreed(done, signals)
         if lost:
+            undo()
             fault = first_fault(self.model, lambda: self._again(x, done.beta, random_state))
-            for buffers, copies in self._statistics:
-                torch._foreach_copy_(buffers, copies)
-            if spectral is not None and memory is not None:
-                spectral.load_state_dict(memory)
-            self._forgive_or_go_back(fault, log)
+            undo()
+            self._forgive_or_go_back(fault, report.log)
         else:
             self.scaler.step(self.optimizer)  # on overflow it does nothing
             self.scaler.update()
             self.sums[:3] += torch.stack([done.loss, done.reconstruction, done.kl])
             self.sums[3] += 1
+        self.lost = lost
         self.step += 1
         self.seconds += time.perf_counter() - started
         if not lost and self.step % self.settings.log_every == 0:
-            self._tell(done, rate, log)
-        log.advance(epoch=f"{self.epoch}", loss=f"{float(done.loss):.1f}")
+            report.step(self.step, done, rate, self._means_of_epoch(), self.seconds)
+        report.log.advance(epoch=f"{self.epoch}", loss=f"{float(done.loss):.1f}")
         return asked
+
+    def _remembered(self) -> Callable[[], None]:
+        """Keep what forward passes change, the weights apart; the result puts it back."""
+        spectral = self.objective.spectral
+        vectors = None if spectral is None else spectral.state_dict()
+        for buffers, copies in self._statistics:
+            torch._foreach_copy_(copies, buffers)
+
+        def undo() -> None:
+            for buffers, copies in self._statistics:
+                torch._foreach_copy_(buffers, copies)
+            if spectral is not None and vectors is not None:
+                spectral.load_state_dict(vectors)
+
+        return undo
+
+    def _sound(self, x: Tensor) -> bool:
+        """Whether weights and loss are finite, so that this is a state to go back to."""
+        if self.lost or bad_weight(self.model) is not None:
+            return False
+        random_state, undo = self._random_state(), self._remembered()
+        with torch.no_grad():
+            part = x[: self.settings.micro]
+            loss = self.objective.terms(self.model, part, self.objective.beta(self.step)).loss
+        undo()
+        self._set_random_state(random_state)
+        return not float(distributed.largest((~loss.isfinite()).float()))
 
     def _rate(self) -> float:
         s = self.settings
@@ -297,13 +331,12 @@ class Trainer:
             log.say(f"{where}; skipped ({len(self.guard.skipped)} of {self.guard.max_skips})")
             return
         last = state.read(self.folder)
-        may = self.guard.may_go_back()
-        if last is None or not may:
-            good = f"of step {last['step']}, is in {state.LAST}" if last else "does not exist"
+        if last is None or not self.guard.may_go_back():
+            good = f", of step {last['step']}, is in {state.LAST}" if last else " was not saved"
             raise ValueError(
-                f"training diverged at {where}; {self.guard.max_skips} steps were skipped,"
-                f" {self.guard.rollbacks} times training went back. The last good state {good};"
-                f" {ADVICE}"
+                f"training diverged at {where}; {self.guard.max_skips} steps were skipped after"
+                f" {self.guard.rollbacks} returns to an earlier state. The last good"
+                f" state{good}; {ADVICE}"
             )
         self._set_learned(last["learned"])
         log.say(
@@ -313,101 +346,25 @@ class Trainer:
 
     # --- what is due ----------------------------------------------------------------------
 
-    def _tell(self, done: Step, rate: float, log: Log) -> None:
-        """Scalars and a picture of a step, the scalars averaged over the processes."""
-        terms = done.last
-        own = [done.loss, done.reconstruction, done.kl, *terms.kl.values]
-        channels = torch.stack([kl.detach().float() for kl in terms.forward.kl_diag])
-        mean = distributed.mean(torch.cat([torch.stack(own).float(), channels.flatten()]))
-        loss, reconstruction, kl, *values = mean[: len(own)].tolist()
-        active = (mean[len(own) :].view_as(channels) > 0.1).sum(1).tolist()
-        average = float(self._means_of_epoch()[0])
-        spectral, bn = (float(term) for term in done.norm)
-        scalars = {
-            "train/norm_loss": spectral,
-            "train/bn_loss": bn,
-            "train/norm_coeff": done.norm_coefficient,
-            "train/nelbo_avg": average,
-            "train/lr": rate,
-            "train/nelbo_iter": loss,
-            "train/kl_iter": kl,
-            "train/recon_iter": reconstruction,
-            "kl_coeff/coeff": done.beta,
-            "kl/total_active": sum(active),
-            "train/seconds": self.seconds,
-        }
-        for layer, weight in enumerate(terms.kl.weights.tolist()):
-            scalars[f"kl/active_{layer}"] = active[layer]
-            scalars[f"kl_coeff/layer_{layer}"] = weight
-            scalars[f"kl_vals/layer_{layer}"] = values[layer]
-        log.scalars(self.step, scalars)
-        if self.step % (10 * self.settings.log_every) == 0 and self.here.is_main:
-            pair = monitor.reconstruction(
-                self.model, terms.x, terms.forward.logits, self.settings.seed, self.step
-            )
-            log.picture(self.step, "reconstruction", pair)
-
     def _means_of_epoch(self) -> Tensor:
         """Loss, reconstruction and KL of this epoch so far, without lost steps."""
         sums = distributed.mean(self.sums)
         return sums[:3] / sums[3].clamp_min(1)
 
-    def _end_of_epoch(self, log: Log) -> None:
-        epoch, epochs = self.epoch - 1, self.settings.epochs
-        means = self._means_of_epoch()
+    def _end_of_epoch(self, report: Report) -> None:
+        epoch = self.epoch - 1
+        evaluate = monitor.evaluation_due(epoch, self.settings.epochs)
+        report.epoch(self.step, epoch, self._means_of_epoch(), evaluate)
         self.sums.zero_()
-        log.scalars(self.step, {"train/nelbo": float(means[0])})
-        told = "loss {:.2f}, reconstruction {:.2f}, KL {:.2f}".format(*means.tolist())
-        if self.held_out is not None and monitor.evaluation_due(epoch, epochs):
-            told += self._evaluate(log, self.settings.iw_samples, at=epoch)
-            if self.here.is_main:
-                for t in monitor.TEMPERATURES:
-                    image = monitor.samples(self.model, t, self.settings.seed)
-                    log.picture(epoch, f"generated_{t:.1f}", image)
-        log.say(f"epoch {epoch + 1} of {epochs}: {told}")
-        if monitor.checkpoint_due(epoch, epochs):
-            self._write_checkpoint()
-        self._save(log)  # at last: a state after the epoch means that all of this is done
 
-    def _evaluate(self, log: Log, samples: int, *, at: int) -> str:
-        if self.held_out is None or not samples:
-            return ""
-        found = importance_weighted(
-            self.model,
-            self.held_out,
-            samples,
-            batch_size=self.settings.batch_size,
-            seed=derived(self.settings.seed, at),
-            workers=max(self.settings.workers, 0),
-            progress=self.here.is_main,
-        )
-        values = {
-            "val/neg_log_p": found.neg_log_p,
-            "val/nelbo": found.nelbo,
-            "val/bpd_log_p": found.neg_log_p_bpd,
-            "val/bpd_elbo": found.nelbo_bpd,
-        }
-        log.scalars(self.step, values, at=at)
-        return (
-            f"; held out, {samples} importance samples: nelbo {found.nelbo:.3f}"
-            f" ({found.nelbo_bpd:.4f} bpd), -log p {found.neg_log_p:.3f}"
-            f" ({found.neg_log_p_bpd:.4f} bpd)"
-        )
-
-    def _finish(self, log: Log) -> None:
-        told = self._evaluate(log, self.settings.final_iw_samples, at=self.settings.epochs + 1)
+    def _finish(self, report: Report) -> None:
+        report.end(self.step)
         self.finished = True
-        self._save(log)
-        log.say(f"done{told}")
+        self._save()
 
-    def _save(self, log: Log) -> None:
-        """Write `last.pt`, unless the weights are lost; all processes come here."""
-        fault = bad_weight(self.model)
-        if fault is not None:
-            raise ValueError(
-                f"training diverged before step {self.step + 1}: not finite: {fault}; the last"
-                f" good state stays in {state.LAST}, if there is one; {ADVICE}"
-            )
+    def _save(self) -> None:
+        """Write `last.pt`; all processes come here."""
+        sums = distributed.mean(self.sums)
         if self.here.is_main:
             state.write(
                 self.folder,
@@ -418,7 +375,7 @@ class Trainer:
                     "finished": self.finished,
                     "learned": self._learned(),
                     "guard": self.guard.state_dict(),
-                    "sums": self.sums,
+                    "sums": sums,
                     "rng": {"device": self.device.type, "state": self._random_state()},
                 },
             )

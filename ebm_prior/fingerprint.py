@@ -10,9 +10,8 @@ from torch import Tensor, nn
 
 from ebm_prior.backbones.base import Backbone
 
-BN_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 # Old files lack the alias, and re-estimation changes the buffers: neither is the backbone's name.
-NOT_FINGERPRINTED = {"weight_normalized", *BN_BUFFERS}
+NOT_FINGERPRINTED = {"weight_normalized", "running_mean", "running_var", "num_batches_tracked"}
 
 
 def fingerprint(state_dict: Mapping[str, Tensor]) -> str:
@@ -25,11 +24,6 @@ def fingerprint(state_dict: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {tuple(value.shape)}\n".encode())
         digest.update(value.numpy().tobytes())
     return digest.hexdigest()
-
-
-def bn_statistics(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The BatchNorm entries of a state dict, for `save`."""
-    return {k: v for k, v in state_dict.items() if k.rpartition(".")[2] in BN_BUFFERS}
 
 
 def backbone_fingerprint(backbone: Backbone) -> str:

@@ -169,6 +169,16 @@ class NVAEBackbone:
         return choose
 
 
+def bn_statistics(model: AutoEncoder) -> dict[str, Tensor]:
+    """Copies of the BatchNorm statistics of the generating path, which re-estimation changes."""
+    return {
+        f"{layer}.{name}": buffer.detach().clone()
+        for layer, module in model.batch_norms()
+        if layer.startswith(("dec_tower", "post_process"))
+        for name, buffer in module.named_buffers()
+    }
+
+
 def _view(live: nn.Module, config: ModelConfig) -> AutoEncoder:
     """A module tree of ours around the live model's tensors; nothing in it asks for a gradient."""
     with torch.device("meta"):

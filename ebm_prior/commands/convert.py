@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from pathlib import Path
 
 from ebm_prior import presets
 
@@ -19,7 +20,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--checkpoint", required=True, help="the NVAE checkpoint that it was trained on"
     )
-    parser.add_argument("--out", default="prior.safetensors", help="file to write (%(default)s)")
+    parser.add_argument(
+        "--out", required=True, help="file to write, a prior.safetensors; an old one is kept"
+    )
     parser.add_argument(
         "--preset",
         required=True,
@@ -47,6 +50,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Read, check against the backbone, write."""
     settings = presets.resolved(args.preset, {name: getattr(args, name) for name in GIVEN})
+    if Path(args.out).exists():
+        raise ValueError(f"--out {args.out} is there already; give another --out, or remove it")
     if args.dry_run:
         print(json.dumps({**vars(args), **settings}, indent=2, default=str))
         return 0
@@ -55,8 +60,7 @@ def run(args: argparse.Namespace) -> int:
 
     import nvae
     from ebm_prior import checkpoint
-    from ebm_prior.backbones.nvae import NVAEBackbone
-    from ebm_prior.fingerprint import bn_statistics
+    from ebm_prior.backbones.nvae import NVAEBackbone, bn_statistics
     from nvae import batchnorm, runtime
 
     model = nvae.load(args.checkpoint, device=runtime.pick_device(args.device))
@@ -78,7 +82,7 @@ def run(args: argparse.Namespace) -> int:
             generator=torch.Generator().manual_seed(args.seed),
             progress=True,
         )
-        statistics = bn_statistics(model.state_dict())
+        statistics = bn_statistics(model)
     checkpoint.save(args.out, prior, bn_statistics=statistics)
     config = prior.config
     print(

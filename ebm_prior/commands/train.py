@@ -309,7 +309,7 @@ def make_trainer(
     import torch
 
     from ebm_prior import run_state
-    from ebm_prior.backbones.nvae import NVAEBackbone
+    from ebm_prior.backbones.nvae import NVAEBackbone, bn_statistics
     from ebm_prior.prior import EBMPrior
     from ebm_prior.trainer import Trainer
 
@@ -381,16 +381,6 @@ def readjust(command: Run, vae: AutoEncoder, here: Runtime, say: Say) -> None:
         progress=here.is_main,
     )
     parallel.broadcast_tensors(list(vae.buffers()))
-
-
-def bn_statistics(vae: AutoEncoder) -> dict[str, Tensor]:
-    """Copies of the BatchNorm statistics of the generating path, which re-estimation changes."""
-    return {
-        f"{layer}.{name}": buffer.detach().clone()
-        for layer, module in vae.batch_norms()
-        if layer.startswith(("dec_tower", "post_process"))
-        for name, buffer in module.named_buffers()
-    }
 
 
 def check_disk(out: Path, parameters: int) -> None:

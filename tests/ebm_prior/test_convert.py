@@ -10,9 +10,8 @@ import torch
 
 import ebm_prior
 from ebm_prior import checkpoint
-from ebm_prior.backbones.nvae import NVAEBackbone
+from ebm_prior.backbones.nvae import NVAEBackbone, bn_statistics
 from ebm_prior.commands import convert
-from ebm_prior.fingerprint import bn_statistics
 from tests.conftest import golden_files
 from tests.ebm_prior.small_vaes import prior, vae, written
 
@@ -58,11 +57,10 @@ def test_statistics_are_estimated_again_where_the_authors_did(
     arguments = ("--authors", tmp_path / "authors.pth", "--checkpoint", backbone, "--out", out)
     assert run(*arguments, "--preset", "cifar10") == 0
     stored = checkpoint.read(out).bn_statistics
-    before = bn_statistics(model.state_dict())
+    before = bn_statistics(model)
     assert stored.keys() == before.keys()
-    changed = [key for key in before if not torch.equal(stored[key], before[key])]
-    assert all(key.startswith(("dec_tower", "post_process")) for key in changed)
-    assert changed
+    assert all(key.startswith(("dec_tower", "post_process")) for key in stored)
+    assert any(not torch.equal(stored[key], value) for key, value in before.items())
     again = tmp_path / "again.safetensors"
     assert run(*arguments[:-1], again, "--preset", "cifar10") == 0
     repeated = checkpoint.read(again).bn_statistics
@@ -75,6 +73,14 @@ def test_a_dry_run_prints_the_settings_and_writes_nothing(tmp_path, capsys):
     settings = json.loads(capsys.readouterr().out)
     assert (settings["max_T"], settings["num_steps"]) == (6, 50)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_prior_that_is_there_already_is_not_written_over(tmp_path, backbone):
+    out = tmp_path / "p.safetensors"
+    out.write_bytes(b"hours of training")
+    with pytest.raises(ValueError, match=r"p\.safetensors is there already; give another --out"):
+        run("--authors", "a", "--checkpoint", backbone, "--out", out, "--preset", "cifar10")
+    assert out.read_bytes() == b"hours of training"
 
 
 def test_a_file_for_other_latents_is_refused(tmp_path, backbone):

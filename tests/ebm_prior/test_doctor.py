@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from ebm_prior import checkpoint
-from ebm_prior.backbones.nvae import NVAEBackbone
+from ebm_prior.backbones.nvae import NVAEBackbone, bn_statistics
 from ebm_prior.commands import doctor
-from ebm_prior.fingerprint import bn_statistics, fingerprint
+from ebm_prior.fingerprint import fingerprint
 from tests.ebm_prior.small_vaes import prior, vae, written
 
 
@@ -57,7 +57,7 @@ def test_apex_is_told_to_be_fit_or_not_needed(diagnose, monkeypatch, reason, tex
 
 def test_a_sound_pair_is_all_ok(tmp_path, diagnose, model):
     path = written(tmp_path / "checkpoint.pt", model)
-    statistics = bn_statistics(model.state_dict())
+    statistics = bn_statistics(model)
     made = prior(NVAEBackbone(model))
     checkpoint.save(tmp_path / "p.safetensors", made, bn_statistics=statistics, step=9)
     status, table = diagnose("--checkpoint", path, "--prior", tmp_path / "p.safetensors")

@@ -18,7 +18,10 @@ from ebm_prior.files import written_whole
 
 FORMAT = 1
 NAME = "last.pt"
-KEYS = ("facts", "step", "seconds", "learned", "good", "good_step", "guard", "lr_factor", "rng")
+KEYS = (
+    *("facts", "step", "seconds", "learned", "good", "good_step", "guard", "lr_factor", "rng"),
+    "bn_statistics",
+)
 
 
 def on_cpu(value: Any) -> Any:

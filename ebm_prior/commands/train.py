@@ -325,7 +325,7 @@ def make_trainer(
         if state is None:
             readjust(command, vae, here, say)
         else:
-            vae.load_state_dict(state["bn_statistics"], strict=False)
+            take_statistics(vae, state["bn_statistics"])
         statistics = bn_statistics(vae)
     trainer = Trainer(
         prior.to(here.device),
@@ -359,7 +359,11 @@ def train_settings(command: Run, batches_per_epoch: int) -> TrainSettings:
     from ebm_prior.settings import TrainSettings
 
     given = {**command.settings, **command.options}
-    length = given["iterations"] or given["epochs"] * batches_per_epoch
+    length = given["iterations"]
+    if length is None:
+        if given["epochs"] < 1:
+            raise ValueError(f"--epochs {given['epochs']}: expected at least 1")
+        length = given["epochs"] * batches_per_epoch
     names = [field.name for field in fields(TrainSettings)]
     return TrainSettings(**{name: given[name] for name in names} | {"iterations": length})
 
@@ -381,6 +385,23 @@ def readjust(command: Run, vae: AutoEncoder, here: Runtime, say: Say) -> None:
         progress=here.is_main,
     )
     parallel.broadcast_tensors(list(vae.buffers()))
+
+
+def take_statistics(vae: AutoEncoder, statistics: dict[str, Tensor]) -> None:
+    """Go on with the BatchNorm statistics that a run began with.
+
+    Raises:
+        ValueError: they are of another model.
+    """
+    try:
+        left = vae.load_state_dict(statistics, strict=False).unexpected_keys
+    except RuntimeError:
+        left = ["other shapes"]
+    if left:
+        raise ValueError(
+            f"last.pt holds BatchNorm statistics of another model ({left[0]}); give the"
+            " --checkpoint that the run began with, or another --out"
+        )
 
 
 def check_disk(out: Path, parameters: int) -> None:

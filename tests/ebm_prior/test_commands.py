@@ -16,6 +16,7 @@ from PIL import Image
 import ebm_prior
 from ebm_prior import checkpoint, run_state
 from ebm_prior.commands import COMMANDS, main
+from ebm_prior.commands.train import take_statistics
 from ebm_prior.presets import PRESETS
 from nvae import checkpoint as nvae_checkpoint
 from tests.ebm_prior import small_vaes
@@ -113,6 +114,33 @@ def test_re_estimated_statistics_are_kept_with_the_prior_and_used_when_going_on(
         assert all(torch.equal(a[key], value) for key, value in b.items())
 
 
+def test_no_epochs_are_refused_by_name(vae_file, tmp_path, capsys):
+    assert train(vae_file, tmp_path / "run", "--epochs", "0") == 2
+    assert "--epochs 0: expected at least 1" in capsys.readouterr().err
+
+
+def test_going_on_with_another_checkpoint_is_one_line(vae_file, tmp_path, capsys):
+    flags = ["--bn_readjust", "--bn_iterations", "1", "--lr_schedule", "epoch"]
+    assert train(vae_file, tmp_path / "run", *flags, "--iterations", "1") == 0
+    for told_of, other in (
+        ("backbone", small_vaes.vae(seed=1)),
+        ("of another model", small_vaes.vae(arch_instance="res_bnswish")),
+    ):
+        file = small_vaes.written(tmp_path / "other.pt", other)
+        again = [*flags, "--iterations", "2", "--resume", "auto"]
+        assert train(file, tmp_path / "run", *again) == 2
+        told = capsys.readouterr().err.splitlines()[-1]
+        assert told.startswith("error: ")
+        assert told_of in told
+
+
+def test_statistics_of_a_wider_model_are_refused():
+    model = small_vaes.vae()
+    name = next(key for key in model.state_dict() if key.endswith("running_mean"))
+    with pytest.raises(ValueError, match=r"of another model \(other shapes\)"):
+        take_statistics(model, {name: torch.zeros(99)})
+
+
 def test_a_dry_run_prints_the_settings_and_touches_nothing(vae_file, tmp_path, capsys):
     assert train(vae_file, tmp_path / "run", "--dry_run", "--lr", "5", "--epochs", "2") == 0
     told = json.loads(capsys.readouterr().out)
@@ -130,6 +158,7 @@ def test_a_dry_run_prints_the_settings_and_touches_nothing(vae_file, tmp_path, c
         (["--out", "{file}"], "is a file; expected a folder"),
         (["--b2", "-1"], "b2 is -1.0, expected a positive number"),
         (["--ema", "1"], "ema is 1.0"),
+        (["--iterations", "0"], "iterations is 0, expected 1"),
         (["--dataset", "cifar10"], "give --data, the folder that holds the images of cifar10"),
         (["--batch_size", "1501"], "fewer than one batch"),
         (["--network", "residual", "--b2", "0"], "b2 is 0.0"),

@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import os
 import shutil
 import subprocess
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+
+from nvae.training.settings import settings
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = sorted((ROOT / "scripts").glob("*.sh"))
 COMMANDS = [path for path in SCRIPTS if path.name != "environment.sh"]
 TRAINING = [path for path in SCRIPTS if path.name.startswith("train_ebm_")]
+NVAE = [path for path in SCRIPTS if path.name.startswith("train_nvae_")]
+NVAE.remove(ROOT / "scripts/train_nvae_digits.sh")  # it makes an asset and an environment
+# Script -> the published flags it has; the small one is our own.
+PUBLISHED = {
+    "train_nvae_mnist": "mnist",
+    "train_nvae_cifar10": "cifar10",
+    "train_nvae_celeba64": "celeba_64",
+    "train_nvae_imagenet32": "imagenet_32",
+    "train_nvae_celeba256": "celeba_256",
+    "train_nvae_ffhq": "ffhq",
+    "train_nvae_church64": "vaebm_lsun_church_64",
+}
 PATHS = {"CHECKPOINT": "c.pt", "DATA": "a folder", "OUT": "run", "PRIOR": "p.safetensors"}
 STAND_IN = r"""#!/bin/sh
 case "$1" in
@@ -82,6 +99,41 @@ def test_training_without_a_gpu_is_one_plain_process(run, script):
     assert option(told.stdout, "--preset") == script.stem.removeprefix("train_ebm_")
     assert option(told.stdout, "--data") == "a folder"
     assert told.stdout.endswith("--seed|3|")
+
+
+@pytest.mark.parametrize("script", NVAE, ids=lambda path: path.stem)
+def test_training_an_nvae_needs_data_and_a_place_and_is_one_plain_process_without_a_gpu(
+    run, script
+):
+    told = run(script, OUT="runs")
+    assert told.returncode == 2
+    assert "error: DATA is not set; expected" in told.stderr
+    assert "OUT is not set" not in told.stderr
+    told = run(script, "--seed", "3", **PATHS)
+    assert told.returncode == 0, told.stderr
+    assert told.stdout.startswith("-m|nvae.train|")
+    assert option(told.stdout, "--data") == "a folder"
+    assert option(told.stdout, "--root") == "run"
+    assert option(told.stdout, "--save") == script.stem.removeprefix("train_nvae_")
+    assert option(told.stdout, "--resume") == "auto"
+    assert told.stdout.endswith("--seed|3|")
+    arguments = told.stdout.split("|")[2:-1]
+    settings(arguments)  # every flag exists, all fit each other
+    assert "|-m|torch.distributed.run|" in "|" + run(script, FAKE_GPUS="8", **PATHS).stdout
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_recipe_has_the_published_flags(run, name):
+    told = run(ROOT / f"scripts/{name}.sh", **PATHS)
+    ours, _ = settings(told.stdout.split("|")[2:-1])
+    path = ROOT / f"tests/golden/nvae/manifests/{PUBLISHED[name]}.json.gz"
+    flags = json.loads(gzip.decompress(path.read_bytes()))["command_line_flags"]
+    theirs, _ = settings(flags.split() if isinstance(flags, str) else flags)
+    launched = {"root", "save", "data", "resume", "num_process_per_node", "num_proc_node"}
+    differing = {field for field, value in asdict(theirs).items() if asdict(ours)[field] != value}
+    assert differing <= launched
+    batch = ours.batch_size * theirs.num_process_per_node * theirs.num_proc_node
+    assert f"the {batch} images of a step" in (ROOT / f"scripts/{name}.sh").read_text()
 
 
 def test_there_is_one_process_per_gpu_unless_told_otherwise(run):

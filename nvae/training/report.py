@@ -37,8 +37,10 @@ class Report:
 
         Args:
             means: of loss, reconstruction and KL, in this epoch so far.
+            seconds: of all n steps, without evaluations.
         """
         terms = done.last
+        images = self.settings.batch_size * distributed.world_size()
         own = torch.stack([done.loss, done.reconstruction, done.kl, *terms.kl.values]).float()
         channels = torch.stack([kl.detach().float() for kl in terms.forward.kl_diag])
         mean = distributed.mean(torch.cat([own, channels.flatten()]))
@@ -55,6 +57,7 @@ class Report:
             "train/kl_iter": kl,
             "train/recon_iter": reconstruction,
             "train/seconds": seconds,
+            "train/images_per_second": n * images / seconds,
             "kl_coeff/coeff": done.beta,
             "kl/total_active": sum(active),
         }

@@ -215,7 +215,7 @@ class Trainer:
             for batch in self.batches.epoch(*divmod(self.step, iterations)):
                 x = batch.to(self.device, non_blocking=True)
                 asked = self._step(x, report, signals)
-                ended, stop = self.step % iterations == 0, asked or self.step >= steps
+                ended, stop = self.step % iterations == 0, asked > 0 or self.step >= steps
                 if ended:
                     self._end_of_epoch(report)
                 save = save or ended or stop or self.step % self.settings.save_every == 0

@@ -89,6 +89,7 @@ class AttachedSample:
         **others: Any,
     ) -> Tensor:
         """Logits of `num_samples` images at temperature t."""
+        others = {name: value for name, value in others.items() if value is not None}
         if self.model.training or others:  # `others`: what only the model knows, a given u
             if generator is not None:
                 others["generator"] = generator

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from ebm_prior.prior import EBMPrior
 
 FORMAT = 1
 BN = "bn."
+BOMB = 100  # times its size that a file may unpack to; one of weights is stored as it is
 PathLike = str | os.PathLike[str]
 
 
@@ -112,6 +114,7 @@ def read(path: PathLike) -> PriorFile:
     statistics = {k.removeprefix(BN): v for k, v in tensors.items() if k.startswith(BN)}
     _check_tensors(str(path), config, energies)
     _check_finite(str(path), statistics)
+    _check_statistics(str(path), statistics)
     return PriorFile(
         config, energies, statistics or None, name, step, metadata.get("version", "unknown")
     )
@@ -215,6 +218,7 @@ def _authors_networks(path: Path) -> list[dict[str, Tensor]]:
     if not path.is_file():
         raise ValueError(f"{path}: no such file; expected the authors' netE{{i}} checkpoint")
     try:
+        _refuse_bomb(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise ValueError(
@@ -239,9 +243,20 @@ def _authors_networks(path: Path) -> list[dict[str, Tensor]]:
     return networks
 
 
+def _refuse_bomb(path: Path) -> None:
+    """PyTorch unpacks compressed entries, of which a few kB may hold gigabytes; weights do not."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+        if unpacked > BOMB * path.stat().st_size:
+            raise ValueError(f"it unpacks to {unpacked:,} bytes, more than {BOMB} times its size")
+
+
 def _check_tensors(name: str, config: PriorConfig, energies: Mapping[str, Tensor]) -> None:
     """Names, shapes and values against networks built without memory: a claimed width is free."""
-    if len(config.shapes) > len(energies) or config.depth > len(energies):
+    # Even without memory, building a module takes time: no more of them than the file has tensors.
+    claimed = len(config.shapes) * (max(config.depth, 1) if config.network == "mlp" else 1)
+    if claimed > len(energies):
         raise ValueError(
             f"{name}: {len(energies)} tensors for {len(config.shapes)} layers of depth"
             f" {config.depth}; the file is not whole"
@@ -274,6 +289,16 @@ def _check_finite(name: str, tensors: Mapping[str, Tensor]) -> None:
                 f"{name}: {key} holds NaN or infinite values, expected finite ones; the training"
                 " blew up: go back to an earlier file"
             )
+
+
+def _check_statistics(name: str, statistics: Mapping[str, Tensor]) -> None:
+    """BatchNorm statistics of the kinds that a layer can use."""
+    for key, value in statistics.items():
+        counter = key.endswith("num_batches_tracked")
+        if value.dtype != (torch.int64 if counter else torch.float32):
+            raise ValueError(f"{name}: BatchNorm statistics {key} are of type {value.dtype}")
+        if key.endswith("running_var") and (value < 0).any():
+            raise ValueError(f"{name}: some variances of {key} are negative; the file is damaged")
 
 
 def _with_statistics(given: Any, statistics: dict[str, Tensor] | None) -> Backbone:

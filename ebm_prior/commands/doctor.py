@@ -155,7 +155,7 @@ def of_checkpoint(checkpoint: Checkpoint, backbone: NVAEBackbone) -> Checks:
     generator = torch.Generator().manual_seed(0)
     u = torch.randn(2, backbone.layout.dim, generator=generator).to(backbone.device)
     start = time.perf_counter()
-    images = backbone.decode(u[:1], generator=generator)
+    images = backbone.decode(u[:1], generator=generator).cpu()  # waits for the device
     seconds = time.perf_counter() - start
     yield _sample("gaussian sample", images, f"; {seconds:.2f} s on {backbone.device}")
     one, two = (_kept(backbone, u[:batch]) for batch in (1, 2))

@@ -75,6 +75,8 @@ def test_a_given_u_is_decoded_without_a_chain(model, path, generator):
     plain = model.sample(2, 1.0, u=u)
     ebm_prior.attach(model, path)
     assert torch.equal(model.sample(2, 1.0, u=u), plain)
+    drawn = model.sample(2, 1.0, u=None, generator=seeded())
+    assert torch.equal(drawn, model.sample(2, 1.0, generator=seeded()))
 
 
 def test_autocast_and_inference_mode_around_the_call_change_nothing(model, path):

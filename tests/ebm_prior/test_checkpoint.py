@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import struct
+import zipfile
 
 import pytest
 import torch
@@ -238,11 +239,17 @@ BROKEN = {
     "huge": (with_config(width=2**14), "config and tensors disagree"),
     "other network": (with_config(network="conv"), "missing .* unknown"),
     "many layers": (with_config(shapes=[[1]] * 10**5), "not whole"),
+    "many deep layers": (with_config(shapes=[[1]] * 24, depth=24), "not whole"),
     "fewer": (changed(lambda t, _: t.pop("netE0.input.weight")), "1 tensors are missing"),
     "more": (with_tensor("netE9.x", torch.zeros(1)), r"1\s+are unknown \(netE9.x\)"),
     "shape": (with_tensor("netE0.input.bias", torch.zeros(3)), r"shape \(3,\), expected \(8,\)"),
     "NaN": (with_tensor("netE0.input.bias", torch.full((8,), torch.nan)), "NaN or infinite"),
     "bad BN": (with_tensor("bn.x.running_var", torch.tensor(torch.inf)), "NaN or infinite"),
+    "BN of another type": (
+        with_tensor("bn.x.running_var", torch.ones(1, dtype=torch.float64)),
+        "x.running_var are of type torch.float64",
+    ),
+    "negative BN": (with_tensor("bn.x.running_var", -torch.ones(1)), "negative"),
     "other BN": (with_tensor("bn.x.running_var", torch.ones(1)), "belong to another backbone"),
 }
 
@@ -328,6 +335,23 @@ def authors_broken():
         "another net": ({"netE0": {"a": torch.ones(1)}}, "expected a convolution downsample"),
         "fewer keys": ({"netE0": short}, "missing"),
     }
+
+
+def test_an_authors_file_that_unpacks_to_gigabytes_is_not_unpacked(tmp_path):
+    nets = [prior(Latents((3, 8, 8)), network="conv", width=4).energies.layer(0).state_dict()]
+    plain = authors_file(tmp_path / "plain.pth", nets)
+    sound, bomb = tmp_path / "sound.pth", tmp_path / "bomb.pth"
+    for path, more in ((sound, 0), (bomb, 10**8)):
+        with (
+            zipfile.ZipFile(plain) as old,
+            zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as new,
+        ):
+            for entry in old.namelist():
+                new.writestr(entry, old.read(entry))
+            new.writestr("plain/data/99", bytes(more))
+    assert checkpoint.import_authors(sound, Latents((3, 8, 8))).config.width == 4
+    with pytest.raises(ValueError, match=r"unpacks to 100,\d+,\d+ bytes"):
+        checkpoint.import_authors(bomb, Latents((3, 8, 8)))
 
 
 @pytest.mark.parametrize(("content", "message"), authors_broken().values(), ids=authors_broken())

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
-import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +29,6 @@ from ebm_prior.prior import EBMPrior
 
 FORMAT = 1
 BN = "bn."
-BOMB = 100  # times its size that a file may unpack to; one of weights is stored as it is
 PathLike = str | os.PathLike[str]
 
 
@@ -94,7 +91,7 @@ def read(path: PathLike) -> PriorFile:
             tensors = {key: file.get_tensor(key) for key in file.keys()}
     except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"{path}: not a whole .safetensors file ({_one_line(error)}); copy it again, or"
+            f"{path}: not a whole .safetensors file ({one_line(error)}); copy it again, or"
             " import the authors' files with `ebm_prior convert`"
         ) from None
     number = metadata.get("format", "none")
@@ -109,10 +106,10 @@ def read(path: PathLike) -> PriorFile:
     except KeyError as error:
         raise ValueError(f"{path}: its metadata lacks {error}; write it with save()") from None
     except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path}: unreadable metadata: {_one_line(error)}") from None
+        raise ValueError(f"{path}: unreadable metadata: {one_line(error)}") from None
     energies = {k: v for k, v in tensors.items() if not k.startswith(BN)}
     statistics = {k.removeprefix(BN): v for k, v in tensors.items() if k.startswith(BN)}
-    _check_tensors(str(path), config, energies)
+    check_tensors(str(path), config, energies)
     _check_finite(str(path), statistics)
     _check_statistics(str(path), statistics)
     return PriorFile(
@@ -150,109 +147,7 @@ def check_layout(name: str, config: PriorConfig, backbone: Backbone) -> None:
         )
 
 
-def import_authors(
-    path: PathLike, backbone: Backbone, settings: Mapping[str, Any] | None = None
-) -> EBMPrior:
-    """Import energy networks of the authors' release, a dictionary of `netE{i}` and `opt{i}`.
-
-    Which network, its width, spectral normalisation and latent shapes are read off the keys
-    (the file holds no configuration); `opt{i}` is left behind.
-
-    Args:
-        settings: what the keys cannot say: `max_T`, `num_steps`, `b2`, `preset`, ... of
-            `PriorConfig`.
-    """
-    path = Path(path)
-    networks = _authors_networks(path)
-    kinds = [_Kind.of(f"{path}, netE{i}", network) for i, network in enumerate(networks)]
-    if len({(k.network, k.width, k.spectral_norm) for k in kinds}) > 1:
-        raise ValueError(f"{path}: its layers differ in kind or width: {kinds}; expected one kind")
-    config = PriorConfig(
-        **{
-            **dict(settings or {}),
-            "shapes": tuple(k.shape for k in kinds),
-            "network": kinds[0].network,
-            "width": kinds[0].width,
-            "spectral_norm": kinds[0].spectral_norm,
-        }
-    )
-    energies = {f"netE{i}.{key}": v for i, net in enumerate(networks) for key, v in net.items()}
-    check_layout(str(path), config, backbone)
-    _check_tensors(str(path), config, energies)
-    return assemble(backbone, config, energies)
-
-
-@dataclass(frozen=True)
-class _Kind:
-    """What the keys of one of the authors' networks say about it (side h is square there)."""
-
-    network: str
-    width: int
-    spectral_norm: bool
-    shape: tuple[int, int, int]
-
-    @staticmethod
-    def of(name: str, network: Mapping[str, Tensor]) -> _Kind:
-        def count(pattern: str) -> int:
-            found = (re.match(pattern, key) for key in network)
-            return len({match.group(1) for match in found if match})
-
-        def kernel(layer: str) -> Tensor:
-            value = network.get(f"{layer}.weight_orig", network.get(f"{layer}.weight"))
-            if value is None or value.ndim != 4:
-                raise ValueError(f"{name}: expected a convolution {layer}; not a netE file?")
-            return value
-
-        spectral_norm = "out.1.weight_orig" in network
-        if any(key.startswith("conv_start.") for key in network):
-            width, channels = kernel("conv_start").shape[:2]
-            blocks = count(r"res_blocks\.(\d+)\.")
-            return _Kind("residual", width, spectral_norm, (channels, *_square(4 << blocks)))
-        first = "conv2d.conv1" if count(r"conv2d\.conv(1)\.") else "downsample"
-        stages = count(r"conv2d\.conv(\d+)\.")
-        width, channels = kernel("downsample").shape[0], kernel(first).shape[1]
-        return _Kind("conv", width, spectral_norm, (channels, *_square(8 << stages)))
-
-
-def _authors_networks(path: Path) -> list[dict[str, Tensor]]:
-    if not path.is_file():
-        raise ValueError(f"{path}: no such file; expected the authors' netE{{i}} checkpoint")
-    try:
-        _refuse_bomb(path)
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise ValueError(
-            f"{path}: not a whole PyTorch file of plain tensors ({_one_line(error)});"
-            " copy it again; files that run code when read are not accepted"
-        ) from None
-    keys = sorted(content, key=str) if isinstance(content, dict) else []
-    layers = sum(bool(re.fullmatch(r"netE\d+", str(key))) for key in keys)
-    wanted = [f"netE{i}" for i in range(layers)]
-    if not layers or not all(isinstance(content.get(key), dict) for key in wanted):
-        raise ValueError(
-            f"{path}: holds {', '.join(map(str, keys[:8])) or type(content).__name__}, expected"
-            " state dicts netE0, netE1, ... without a gap; is it the authors' energy checkpoint?"
-        )
-    networks = [
-        {str(key).removeprefix("module."): value for key, value in content[name].items()}
-        for name in wanted
-    ]
-    for name, network in zip(wanted, networks, strict=True):
-        if not all(isinstance(value, Tensor) for value in network.values()):
-            raise ValueError(f"{path}, {name}: holds things that are not tensors")
-    return networks
-
-
-def _refuse_bomb(path: Path) -> None:
-    """PyTorch unpacks compressed entries, of which a few kB may hold gigabytes; weights do not."""
-    if zipfile.is_zipfile(path):
-        with zipfile.ZipFile(path) as archive:
-            unpacked = sum(entry.file_size for entry in archive.infolist())
-        if unpacked > BOMB * path.stat().st_size:
-            raise ValueError(f"it unpacks to {unpacked:,} bytes, more than {BOMB} times its size")
-
-
-def _check_tensors(name: str, config: PriorConfig, energies: Mapping[str, Tensor]) -> None:
+def check_tensors(name: str, config: PriorConfig, energies: Mapping[str, Tensor]) -> None:
     """Names, shapes and values against networks built without memory: a claimed width is free."""
     # Even without memory, building a module takes time: no more of them than the file has tensors.
     claimed = len(config.shapes) * (max(config.depth, 1) if config.network == "mlp" else 1)
@@ -265,7 +160,7 @@ def _check_tensors(name: str, config: PriorConfig, energies: Mapping[str, Tensor
         with torch.device("meta"):
             expected = EnergyNets.build(config).state_dict()
     except (RuntimeError, OverflowError) as error:
-        raise ValueError(f"{name}: impossible networks: {_one_line(error)}") from None
+        raise ValueError(f"{name}: impossible networks: {one_line(error)}") from None
     missing, unknown = sorted(expected.keys() - energies), sorted(energies.keys() - expected)
     if missing or unknown:
         raise ValueError(
@@ -319,10 +214,6 @@ def _with_statistics(given: Any, statistics: dict[str, Tensor] | None) -> Backbo
     return use(statistics)
 
 
-def _square(side: int) -> tuple[int, int]:
-    return side, side
-
-
 def _shapes(shapes: Any) -> str:
     return ", ".join("x".join(map(str, shape)) for shape in shapes)
 
@@ -331,5 +222,6 @@ def _few(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "") or "none"
 
 
-def _one_line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
+    """An error's text, short enough for a message of ours."""
     return " ".join(str(error).split())[:200] or type(error).__name__

@@ -59,14 +59,14 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     import nvae
-    from ebm_prior import checkpoint
+    from ebm_prior import authors, checkpoint
     from ebm_prior.backbones.nvae import NVAEBackbone, bn_statistics
     from nvae import batchnorm, runtime
 
     model = nvae.load(args.checkpoint, device=runtime.pick_device(args.device))
     # Width, kind and spectral norm are read off the file itself.
     fixed = {"shapes", "network", "width", "spectral_norm"}
-    prior = checkpoint.import_authors(
+    prior = authors.import_authors(
         args.authors,
         NVAEBackbone(model),
         {name: settings[name] for name in presets.PRIOR_SETTINGS if name not in fixed}

@@ -48,14 +48,22 @@ raise SystemExit(tuple(map(int, version("torch").split(".")[:2])) < (2, 10))
 PY
 }
 
-# given_python: set $python to one that has PyTorch already; install nothing.
+has_packages() {
+    has_torch "$1" && "$1" - 2>/dev/null <<'PY'
+from importlib.metadata import version
+for name in "numpy", "pillow", "safetensors", "scipy", "tqdm":
+    version(name)
+PY
+}
+
+# given_python: set $python to one that has what the commands need already; install nothing.
 given_python() {
     local candidates=(python python3 "$root/.venv/bin/python")
     [ -z "${PYTHON:-}" ] || candidates=("$PYTHON")
     for python in "${candidates[@]}"; do
-        if has_torch "$python"; then return; fi
+        if has_packages "$python"; then return; fi
     done
-    die "no PyTorch 2.10 or newer in ${candidates[*]}; activate the environment that has it, or" \
+    die "no PyTorch 2.10 or newer with the packages of setup.py in ${candidates[*]}; activate the environment that has it, or" \
         "set PYTHON=/path/to/python, or make one here with: make dev"
 }
 
@@ -91,18 +99,20 @@ own_python() {
         fi
     done
     if ! "$python" -m pip --version >/dev/null 2>&1; then
-        base="$(base_python)"
+        base="$(base_python)" || exit
         echo "making .venv with $base" >&2
-        "$base" -m venv ${clear:+--clear} "$root/.venv"
+        "$base" -m venv ${clear:+--clear} "$root/.venv" || die "$base could not make .venv"
     fi
     local pip=("$python" -I -m pip install --quiet --disable-pip-version-check)
     # PyTorch first and pinned: as a mere dependency it would be resolved to the newest CUDA build.
     if ! has_torch "$python"; then
         echo "installing PyTorch into .venv" >&2
-        "${pip[@]}" ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} -c "$root/constraints/cpu.txt" torch
+        "${pip[@]}" ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} -c "$root/constraints/cpu.txt" torch ||
+            die "PyTorch was not installed; run this again"
     fi
     echo "installing the packages and the extra '$1' into .venv" >&2
-    "${pip[@]}" -e "$root[$1]"
+    # A caller in an && list has no errexit: .venv must not be called ready when it is not.
+    "${pip[@]}" -e "$root[$1]" || die "the packages were not installed; run this again"
     echo "$wanted" >"$root/.venv/ready-$1"
 }
 

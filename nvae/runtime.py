@@ -137,3 +137,9 @@ def exit_status(command: Callable[[], int | None]) -> int:
             raise
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except RuntimeError as error:
+        # PyTorch's own kind, told by its name: this module does not import torch.
+        if os.environ.get("EBM_DEBUG") or type(error).__name__ != "OutOfMemoryError":
+            raise
+        print(f"error: {error}; a smaller --batch_size needs less memory", file=sys.stderr)
+        return 2

@@ -18,6 +18,7 @@ from ebm_prior import checkpoint, run_state
 from ebm_prior.commands import COMMANDS, main
 from ebm_prior.commands.train import take_statistics
 from ebm_prior.presets import PRESETS
+from ebm_prior.prior import EBMPrior
 from nvae import checkpoint as nvae_checkpoint
 from tests.ebm_prior import small_vaes
 
@@ -307,6 +308,17 @@ def test_two_processes_train_one_prior_and_draw_the_images_of_one(run, vae_file,
     np.testing.assert_allclose(one, two, atol=1e-5)
     grids = [(tmp_path / name / "grid.png").read_bytes() for name in ("one", "two")]
     assert grids[0] == grids[1]
+
+
+def test_a_full_gpu_is_one_line_with_advice(run, vae_file, tmp_path, monkeypatch, capsys):
+    def full(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(EBMPrior, "sample_u", full)
+    monkeypatch.delenv("EBM_DEBUG", raising=False)
+    assert sample(vae_file, run, tmp_path, "--num_samples", "1") == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told == "error: CUDA out of memory; a smaller --batch_size needs less memory"
 
 
 def test_every_command_has_what_the_entry_needs():

@@ -20,6 +20,7 @@ from ebm_prior.commands.train import take_statistics
 from ebm_prior.presets import PRESETS
 from ebm_prior.prior import EBMPrior
 from nvae import checkpoint as nvae_checkpoint
+from nvae import data
 from tests.ebm_prior import small_vaes
 
 pytest.importorskip("sklearn")
@@ -175,6 +176,18 @@ def test_what_cannot_work_is_one_line_before_any_work(vae_file, tmp_path, capsys
     assert message in told
     assert told.splitlines()[-1].startswith("error: ")
     assert not (tmp_path / "run").exists()
+
+
+def test_the_images_are_those_for_training_and_never_flipped(vae_file, tmp_path, monkeypatch):
+    asked, load = [], data.load
+
+    def noted(name, root, train, **others):
+        asked.append((train, others["augment"]))
+        return load(name, root, train, **others)
+
+    monkeypatch.setattr(data, "load", noted)
+    assert train(vae_file, tmp_path / "run", "--iterations", "1") == 0
+    assert asked == [(True, False)]
 
 
 def test_a_preset_for_other_images_is_remarked_upon(vae_file, tmp_path, capsys):

@@ -336,6 +336,29 @@ def test_a_lost_run_goes_back_and_halves_the_learning_rate(tmp_path, capsys):
     assert metrics(tmp_path, "lr") == pytest.approx([1e-2] * 5 + [5e-3 * 0.9])
 
 
+def test_going_on_remembers_the_halved_rate_and_what_the_guard_saw(tmp_path):
+    first = trainer(tmp_path, source=Stopping(4, lambda: os.kill(os.getpid(), 15)))
+    judge = first.guard.judge
+    first.guard.judge = lambda step: "planted" if first.step == 1 else judge(step)
+    assert first.run().step == 5
+    again = resumed(tmp_path)
+    assert again.lr_factor == first.lr_factor == 0.5
+    assert again.guard.state_dict() == first.guard.state_dict()
+    assert (again.guard.halvings, again.guard.seen) == (1, 3)
+
+
+def test_a_state_near_the_limits_is_none_to_go_back_to(tmp_path, monkeypatch):
+    near, well = (
+        trainer(tmp_path / "near", guard_every=2),
+        trainer(tmp_path / "well", guard_every=2),
+    )
+    monkeypatch.setattr(Guard, "well", True)
+    well.run()
+    monkeypatch.setattr(Guard, "well", False)
+    near.run()
+    assert (well.good_step, near.good_step) == (6, 0)
+
+
 def test_the_state_to_go_back_to_is_not_touched_by_training_on_from_it(tmp_path):
     training = trainer(tmp_path, guard_every=4, iterations=7)
     judge, kept = training.guard.judge, {}

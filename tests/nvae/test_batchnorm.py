@@ -81,28 +81,32 @@ def test_a_wider_temperature_widens_the_statistics() -> None:
     assert variances[1] > variances[0]
 
 
-def _worker(rank: int, folder: str) -> None:
+def _worker(rank: int, folder: str, device: str) -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
     torch.distributed.init_process_group(
         "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
     )
-    layer = BatchNormSwish(3).double()
+    layer = BatchNormSwish(3).double().to(device)
     # Unequal shares: 4 images here, 2 there.
-    x = torch.load(f"{folder}/x.pt")[[slice(0, 4), slice(4, 6)][rank]].requires_grad_()
+    x = torch.load(f"{folder}/x.pt")[[slice(0, 4), slice(4, 6)][rank]]
+    x = x.to(device).requires_grad_()
     out = layer(x)
-    (out * torch.arange(out.shape[1])[:, None, None]).square().sum().backward()
+    (out * torch.arange(out.shape[1], device=device)[:, None, None]).square().sum().backward()
     weight_grads = torch.stack([layer.weight.grad, layer.bias.grad])
     torch.distributed.all_reduce(weight_grads)
-    result = (out.detach(), x.grad, weight_grads, dict(layer.named_buffers()))
+    buffers = {name: buffer.cpu() for name, buffer in layer.named_buffers()}
+    assert x.grad is not None
+    result = (out.detach().cpu(), x.grad.cpu(), weight_grads.cpu(), buffers)
     torch.save(result, f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
 
 
-def test_two_processes_together_are_one_large_batch(tmp_path: Path) -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_two_processes_together_are_one_large_batch(tmp_path: Path, device: str) -> None:
     x = torch.randn(6, 3, 5, 5, dtype=torch.float64) * 3 + 10
     torch.save(x, tmp_path / "x.pt")
-    torch.multiprocessing.spawn(_worker, (str(tmp_path),), nprocs=2)
+    torch.multiprocessing.spawn(_worker, (str(tmp_path), device), nprocs=2)
     layer = nn.Sequential(
         nn.BatchNorm2d(3, eps=1e-5, momentum=0.05, dtype=torch.float64), nn.SiLU()
     )

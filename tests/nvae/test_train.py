@@ -488,15 +488,28 @@ def test_skips_are_counted_among_the_last_steps_only() -> None:
 # --- several processes
 
 
-def _process(rank: int, folder: str, ports: list[int]) -> None:
+def _be(rank: int, port: int) -> None:
+    """One of two processes that torchrun would have started."""
     torch.set_num_threads(1)
     os.environ |= {
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(ports[0]),
+        "MASTER_PORT": str(port),
         "WORLD_SIZE": "2",
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
     }
+
+
+def _ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as stack:
+        free = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in free:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in free]
+
+
+def _process(rank: int, folder: str, ports: list[int]) -> None:
+    _be(rank, ports[0])
     images = digits(64)
     data.load = lambda *args, **kwargs: images  # type: ignore[assignment]
     train.train(tiny(Path(folder), save="two", batch_size=8, micro_batch=4, epochs=4))
@@ -508,12 +521,7 @@ def _process(rank: int, folder: str, ports: list[int]) -> None:
 def test_two_processes_with_half_the_batch_give_the_same_curve(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with socket.socket() as one, socket.socket() as another:
-        ports = []
-        for free in (one, another):
-            free.bind(("127.0.0.1", 0))
-            ports.append(free.getsockname()[1])
-    torch.multiprocessing.spawn(_process, (str(tmp_path), ports), nprocs=2)
+    torch.multiprocessing.spawn(_process, (str(tmp_path), _ports(2)), nprocs=2)
     images = digits(64)
     monkeypatch.setattr(data, "load", lambda *args, **kwargs: images)
     train.train(tiny(tmp_path, save="one", batch_size=16, micro_batch=8, epochs=4))
@@ -524,6 +532,28 @@ def test_two_processes_with_half_the_batch_give_the_same_curve(
     assert "not finite: the images on process " in told
     lost = weights(tmp_path, "lost")
     assert all(value.isfinite().all() for value in lost.values())
+
+
+CIFAR10: dict[str, Any] = {
+    **TINY, "dataset": "cifar10", "arch_instance": "res_mbconv", "num_latent_scales": 2,
+    "num_mixture_dec": 10, "num_channels_enc": 8, "num_channels_dec": 8,
+    "data": os.environ.get("CIFAR10", ""), "max_steps": 300,
+}  # fmt: skip
+
+
+def _cifar10_process(rank: int, folder: str, port: int) -> None:
+    _be(rank, port)
+    train.train(Settings(root=folder, **{**CIFAR10, "save": "two", "batch_size": 8}))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("CIFAR10" not in os.environ, reason="CIFAR10 names no folder")
+def test_three_hundred_steps_on_cifar10_are_those_of_two_processes(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(_cifar10_process, (str(tmp_path), _ports(1)[0]), nprocs=2)
+    train.train(Settings(root=str(tmp_path), **{**CIFAR10, "save": "one", "batch_size": 16}))
+    one, two = (torch.tensor(logged(tmp_path, save)) for save in ("one", "two"))
+    assert len(one) == 300
+    torch.testing.assert_close(two, one, rtol=1e-5, atol=0.0)
 
 
 def test_the_union_or_the_own_batch_balances_the_kl() -> None:

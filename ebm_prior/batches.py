@@ -12,10 +12,13 @@ from torch.utils.data import DataLoader, Dataset
 
 from ebm_prior import parallel
 
+ORDER_KEY = 2**31 + 2  # the order of the images, apart from a process's noise
+
 
 def seeded(device: torch.device | str, *key: int) -> torch.Generator:
     """A generator whose numbers belong to this key and to no other."""
-    (state,) = np.random.SeedSequence(key).generate_state(1, np.uint64)
+    # With its length: to numpy (0, 1) and (0, 1, 0) are the same key.
+    (state,) = np.random.SeedSequence((len(key), *key)).generate_state(1, np.uint64)
     return torch.Generator(device).manual_seed(int(state) % 2**63)
 
 
@@ -48,7 +51,7 @@ class Batches:
 
     def epoch(self, number: int, start: int = 0) -> Iterator[Tensor]:
         """This process's batches of an epoch, (batch_size, C, H, W), from batch `start` on."""
-        order = torch.randperm(self.images, generator=seeded("cpu", self.seed, number))
+        order = torch.randperm(self.images, generator=seeded("cpu", self.seed, ORDER_KEY, number))
         mine = order[parallel.rank() :: parallel.world_size()]
         batches = mine[: len(self) * self.batch_size].split(self.batch_size)[start:]
         return iter(
@@ -57,6 +60,6 @@ class Batches:
                 batch_sampler=[batch.tolist() for batch in batches],
                 num_workers=self.workers,
                 # Seeds the workers; without it the loader would draw from PyTorch's own generator.
-                generator=seeded("cpu", self.seed, number, parallel.rank()),
+                generator=seeded("cpu", self.seed, ORDER_KEY, number, parallel.rank()),
             )
         )

@@ -20,6 +20,8 @@ from nvae.arch import ModelConfig
 from nvae.model import AutoEncoder
 from nvae.runtime import written_whole
 
+BOMB = 100  # times its size that a file may unpack to; one of weights is stored as it is
+
 
 @dataclass
 class Checkpoint:
@@ -102,6 +104,7 @@ def _unpickle(path: Path) -> object:
     if not path.is_file():
         raise ValueError(f"{path}: there is no such file; give the path of a checkpoint.pt")
     try:
+        _refuse_bomb(path)
         # torch.load reads past a flipped bit; the container has a checksum for each tensor.
         damaged = zipfile.ZipFile(path).testzip() if zipfile.is_zipfile(path) else None
         if damaged:
@@ -125,6 +128,15 @@ def _unpickle(path: Path) -> object:
             f"{path}: not a readable checkpoint (truncated, or another kind of file?), nothing in"
             f" it was run: {type(error).__name__}: {reason}"
         ) from None
+
+
+def _refuse_bomb(path: Path) -> None:
+    """PyTorch unpacks compressed entries, of which a few kB may hold gigabytes; weights do not."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(entry.file_size for entry in archive.infolist())
+        if unpacked > BOMB * path.stat().st_size:
+            raise ValueError(f"it unpacks to {unpacked:,} bytes, more than {BOMB} times its size")
 
 
 def _parsed(content: object) -> tuple[Checkpoint, AutoEncoder]:

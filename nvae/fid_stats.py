@@ -149,12 +149,12 @@ def compute(settings: Settings, here: runtime.Runtime) -> tuple[Statistics, Tens
     """The statistics and all features, on the main process."""
     import torch
 
-    from nvae import features, metrics
+    from nvae import feature_networks, features, metrics
     from nvae.evaluation import blocks, fid
     from nvae.evaluation.job import provenance
     from nvae.seeds import derived
 
-    network = features.network(settings.inception, settings.features).to(here.device)
+    network = feature_networks.network(settings.inception, settings.features).to(here.device)
     images = _images(settings)
     parts = {}
     for block in blocks.mine(len(images), settings.batch_size, here, settings.dataset):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nvae import features, metrics
+from nvae import feature_networks, features, metrics
 from nvae.digest import sha256
 from nvae.evaluation import blocks, posterior, source
 from nvae.evaluation.job import Job
@@ -18,7 +18,7 @@ from nvae.features import FeatureNetwork, Features
 def run(job: Job) -> None:
     """Print upstream's line and write `report.json`."""
     settings, here = job.settings, job.here
-    network = features.network(settings.inception, settings.features).to(here.device)
+    network = feature_networks.network(settings.inception, settings.features).to(here.device)
     dataset = job.model.config.dataset
     path = metrics.path_of(settings.fid_dir, dataset, network.label)
     reference = _reference(job, path)

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from scipy import linalg
 
-from nvae import batchnorm, checkpoint, evaluate, features, fid_stats, flags
+from nvae import batchnorm, checkpoint, evaluate, feature_networks, fid_stats, flags
 from nvae import data as data_sets
 from nvae.arch import ModelConfig
 from nvae.distributions import NormalDecoder
@@ -111,7 +111,7 @@ def test_fid_counts_exactly_and_agrees_with_scipy(digits, statistics, tmp_path, 
     assert "not comparable with any FID" in said
     assert "fid is" not in said
 
-    model, network = checkpoint.load(digits), features.network(None, "random")
+    model, network = checkpoint.load(digits), feature_networks.network(None, "random")
     drawn = []
     for block, count in enumerate((30, 30, 10)):
         with torch.no_grad():

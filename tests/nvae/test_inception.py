@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from nvae import features, inception
+from nvae import feature_networks, features, inception
 
 
 def weights(num_features, generator):
@@ -155,8 +155,8 @@ def test_a_missing_or_damaged_file_is_one_line(tmp_path):
 
 def test_without_weights_there_is_one_message_and_a_random_network(generator):
     with pytest.raises(ValueError, match=r"--inception pt_inception.* --features random"):
-        features.network(None, "2048")
-    network, again = features.network(None, "random"), features.network(None, "random")
+        feature_networks.network(None, "2048")
+    network, again = (feature_networks.network(None, "random") for _ in range(2))
     x = torch.rand(3, 1, 8, 8, generator=generator)
     found = network(x)
     assert torch.equal(found.pooled, again(x).pooled)

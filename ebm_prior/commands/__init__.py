@@ -1,4 +1,4 @@
-"""The commands of `python -m ebm_prior`: one module each.
+"""The commands of `python -m ebm_prior`: one module or package each.
 
 A command module has `HELP`, `add_arguments(parser)` and `run(args) -> status`, and imports torch
 only inside `run`. Naming a command imports its module alone.

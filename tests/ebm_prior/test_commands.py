@@ -16,7 +16,7 @@ from PIL import Image
 import ebm_prior
 from ebm_prior import checkpoint, run_state
 from ebm_prior.commands import COMMANDS, main
-from ebm_prior.commands.train import take_statistics
+from ebm_prior.commands.train.job import take_statistics
 from ebm_prior.presets import PRESETS
 from ebm_prior.prior import EBMPrior
 from nvae import checkpoint as nvae_checkpoint

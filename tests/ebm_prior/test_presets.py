@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ebm_prior.commands.train import PRIOR_FLAGS, TRAINING_FLAGS
+from ebm_prior.commands.train.flags import PRIOR_FLAGS, TRAINING_FLAGS
 from ebm_prior.config import PriorConfig
 from ebm_prior.presets import PRESETS, PRIOR_SETTINGS, resolved
 from ebm_prior.prior import EBMPrior

@@ -1,13 +1,9 @@
-"""Train an energy-based prior on the latents of a frozen NVAE checkpoint (Algorithm 1)."""
+"""The command line of `ebm_prior train`: flags over a preset's settings, and checks of paths."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import shlex
-import shutil
-import sys
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,20 +11,8 @@ from typing import TYPE_CHECKING, Any
 from ebm_prior.presets import PRESETS, PRIOR_SETTINGS, resolved
 
 if TYPE_CHECKING:
-    import numpy as np
-    from torch import Tensor
-
-    from ebm_prior.batches import Batches
     from ebm_prior.config import PriorConfig
     from ebm_prior.settings import TrainSettings
-    from ebm_prior.trainer import Summary, Trainer
-    from nvae.model import AutoEncoder
-    from nvae.runtime import Runtime
-
-HELP = "train a prior on a frozen NVAE checkpoint"
-USAGE = "%(prog)s --checkpoint FILE --preset NAME --data FOLDER --out FOLDER [options]"
-IN_MEMORY = ("cifar10", "mnist", "digits")  # need no processes that read ahead
-BN_KEY = 2**31 + 1  # the random numbers of BatchNorm re-estimation
 
 _ROWS = "\n".join(
     f"  {name:<11}{row['paper']}\n{'':13}settings: {row['source']}"
@@ -178,10 +162,10 @@ class Run:
         }
 
 
-def run(args: argparse.Namespace) -> int:
-    """Train; 0 when done, 128 + signal when stopped by one."""
+def parsed(args: argparse.Namespace) -> Run:
+    """The command line with the preset's settings, flags in their place."""
     names = [*PRIOR_FLAGS, *TRAINING_FLAGS, "iterations", "epochs"]
-    command = Run(
+    return Run(
         checkpoint=Path(args.checkpoint),
         preset=args.preset,
         data=Path(args.data) if args.data else None,
@@ -194,18 +178,6 @@ def run(args: argparse.Namespace) -> int:
         options={name: getattr(args, name) for name in RUN_FLAGS},
         settings=resolved(args.preset, {name: getattr(args, name) for name in names}),
     )
-    check_paths(command)
-    # Settings out of range are told before anything is read; shapes and length come later.
-    prior_config(command, ((1,),))
-    train_settings(command, 1)
-    if args.dry_run:
-        print(json.dumps(command.to_json(), indent=2))
-        return 0
-
-    from nvae import runtime
-
-    with runtime.started(command.device) as here:
-        return train(command, here)
 
 
 def check_paths(command: Run) -> None:
@@ -236,116 +208,6 @@ def check_paths(command: Run) -> None:
         raise ValueError(f"--out {out} cannot be written: no permission in {there}")
 
 
-def train(command: Run, here: Runtime) -> int:
-    """Check everything, then train, and say what was written."""
-    from ebm_prior import apex
-    from nvae import checkpoint
-
-    if command.options["optimizer"] == "apex_adam":
-        apex.check(here.device)
-    say = Say(here)
-    vae = checkpoint.load(command.checkpoint, device=str(here.device))
-    batches = open_data(command, vae, say)
-    trainer = make_trainer(command, vae, batches, here, say)
-    if here.is_main:
-        write_arguments(command)
-    steps, step = trainer.settings.iterations, trainer.step
-    begin = f"going on from step {step}" if step else "training"
-    say(f"{begin}: {steps} steps, {len(batches)} per epoch, on {here.device}")
-    summary = trainer.run()
-    if here.is_main:
-        print(told(command, summary))
-    return 128 + summary.signal if summary.signal and not summary.done else 0
-
-
-class Say:
-    """A line on stderr, from the first process only."""
-
-    def __init__(self, here: Runtime) -> None:
-        self.here = here
-
-    def __call__(self, text: str) -> None:
-        if self.here.is_main:
-            print(text, file=sys.stderr)
-
-
-def open_data(command: Run, vae: AutoEncoder, say: Say) -> Batches:
-    """The training images, checked against the model.
-
-    Raises:
-        ValueError: they are missing, or do not fit.
-    """
-    from ebm_prior.batches import Batches
-    from nvae import data
-
-    made_for = vae.config.dataset
-    name = command.dataset or made_for
-    if command.data is None and name != "digits":
-        raise ValueError(f"give --data, the folder that holds the images of {name}")
-    wanted = PRESETS[command.preset]["data"]
-    if wanted != made_for:
-        fitting = [preset for preset, row in PRESETS.items() if row["data"] == made_for]
-        advice = f"; --preset {fitting[0]} is for these" if fitting else ""
-        say(f"note: preset {command.preset} is for {wanted}, the VAE is one of {made_for}{advice}")
-    # Never flipped: the prior is to learn the latents of the images as they are.
-    images = data.load(name, command.data, train=True, augment=False, config=vae.config)
-    first = images[0]
-    if tuple(first.shape) != vae.config.image_shape:
-        raise ValueError(
-            f"images of {name} have shape {tuple(first.shape)}, the VAE takes"
-            f" {vae.config.image_shape}; give the data it was trained on, or --dataset folder"
-        )
-    workers = command.workers
-    if workers is None:
-        workers = 0 if name in IN_MEMORY else 2
-    seed, size = command.options["seed"], command.settings["batch_size"]
-    return Batches(images, size, seed=seed, workers=workers)
-
-
-def make_trainer(
-    command: Run, vae: AutoEncoder, batches: Batches, here: Runtime, say: Say
-) -> Trainer:
-    """The trainer, at its beginning or where the run in OUT stopped."""
-    import torch
-
-    from ebm_prior import run_state
-    from ebm_prior.backbones.nvae import NVAEBackbone, bn_statistics
-    from ebm_prior.prior import EBMPrior
-    from ebm_prior.trainer import Trainer
-
-    state = run_state.read(command.out) if command.resume == "auto" else None
-    settings = train_settings(command, len(batches))
-    backbone = NVAEBackbone(vae)
-    torch.manual_seed(settings.seed)  # initial weights come from PyTorch's own generator
-    prior = EBMPrior(backbone, prior_config(command, backbone.layout.shapes))
-    check_disk(command.out, sum(p.numel() for p in prior.energies.parameters()))
-
-    statistics = None
-    if command.settings["bn_readjust"]:  # in place: the backbone is a view of the VAE
-        if state is None:
-            readjust(command, vae, here, say)
-        else:
-            take_statistics(vae, state["bn_statistics"])
-        statistics = bn_statistics(vae)
-    trainer = Trainer(
-        prior.to(here.device),
-        batches,
-        settings,
-        command.out,
-        bn_statistics=statistics,
-        facts={
-            "dataset": command.dataset or vae.config.dataset,
-            "batch_size": command.settings["batch_size"],
-            "bn_readjust": command.settings["bn_readjust"],
-        },
-        show=show,
-        bar=here.is_main,
-    )
-    if state is not None:
-        trainer.resume(state)
-    return trainer
-
-
 def prior_config(command: Run, shapes: tuple[tuple[int, ...], ...]) -> PriorConfig:
     """The prior's part of the settings."""
     from ebm_prior.config import PriorConfig
@@ -366,87 +228,3 @@ def train_settings(command: Run, batches_per_epoch: int) -> TrainSettings:
         length = given["epochs"] * batches_per_epoch
     names = [field.name for field in fields(TrainSettings)]
     return TrainSettings(**{name: given[name] for name in names} | {"iterations": length})
-
-
-def readjust(command: Run, vae: AutoEncoder, here: Runtime, say: Say) -> None:
-    """Re-estimate the VAE's BatchNorm statistics in place, at temperature 1."""
-    from ebm_prior import parallel
-    from ebm_prior.batches import seeded
-    from nvae import batchnorm
-
-    count, size = command.settings["bn_iterations"], command.settings["batch_size"]
-    say(f"re-estimating the VAE's BatchNorm statistics from {count} x {size} of its samples")
-    batchnorm.readjust(
-        vae,
-        temperature=1.0,
-        iterations=count,
-        batch_size=size,
-        generator=seeded(here.device, command.options["seed"], here.rank, BN_KEY),
-        progress=here.is_main,
-    )
-    parallel.broadcast_tensors(list(vae.buffers()))
-
-
-def take_statistics(vae: AutoEncoder, statistics: dict[str, Tensor]) -> None:
-    """Go on with the BatchNorm statistics that a run began with.
-
-    Raises:
-        ValueError: they are of another model.
-    """
-    try:
-        left = vae.load_state_dict(statistics, strict=False).unexpected_keys
-    except RuntimeError:
-        left = ["other shapes"]
-    if left:
-        raise ValueError(
-            f"last.pt holds BatchNorm statistics of another model ({left[0]}); give the"
-            " --checkpoint that the run began with, or another --out"
-        )
-
-
-def check_disk(out: Path, parameters: int) -> None:
-    """Room for `last.pt` twice (written beside the old one): weights, EMA, Adam; now and good."""
-    needed = 2 * 4 * parameters * (2 * 4 + 1)
-    there = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
-    free = shutil.disk_usage(there).free
-    if free < needed:
-        raise ValueError(
-            f"--out {out}: the run needs about {needed / 2**20:.0f} MiB of disk,"
-            f" {free / 2**20:.0f} MiB are free; make room or give another --out"
-        )
-
-
-def show(path: Path, pictures: Tensor, caption: str) -> np.ndarray:
-    """Write a grid as PNG; its pixels are for TensorBoard."""
-    from nvae import images
-
-    return images.to_array(images.save_grid(path, pictures, caption=caption))
-
-
-def write_arguments(command: Run) -> None:
-    """`args.json`: the resolved command line, the package version and the commit."""
-    from nvae import runtime
-    from nvae.evaluate import provenance
-
-    with runtime.written_whole(command.out / "args.json") as temporary:
-        text = json.dumps({**command.to_json(), **provenance()}, indent=2)
-        temporary.write_text(text + "\n", encoding="utf-8")
-
-
-def told(command: Run, summary: Summary) -> str:
-    """What happened, what was written, what comes next."""
-    out = command.out
-    state = "Trained" if summary.done else "Stopped: trained"
-    halved = f"; the learning rate was halved {summary.halvings} times" if summary.halvings else ""
-    text = (
-        f"{state} {summary.step} of {summary.steps} steps in {summary.seconds:.0f} s. Of the last"
-        f" steps: mean f(u-) - f(u+) {summary.difference:+.3g} (near 0 is right), deviation of the"
-        f" chains' u {summary.u_std:.3f} (the data's: {summary.data_std:.3f}){halved}. {out} holds"
-        " prior.safetensors (the prior), last.pt (to go on from), config.json, args.json,"
-        " metrics.jsonl, tensorboard/ and grids/."
-    )
-    if not summary.done:
-        return f"{text} Go on with the same command and --resume auto."
-    words = ["python", "-m", "ebm_prior", "sample", "--checkpoint", str(command.checkpoint)]
-    words += ["--prior", str(out / "prior.safetensors"), "--num_samples", "64"]
-    return f"{text} Next:\n  {shlex.join([*words, '--out', str(out / 'samples')])}"

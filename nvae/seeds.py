@@ -7,7 +7,10 @@ import torch
 
 
 def seeded(device: torch.device | str, *key: int) -> torch.Generator:
-    """A generator whose numbers belong to this key, for example (seed, block), and to no other."""
+    """A generator whose numbers belong to this key, for example (seed, block).
+
+    Keys that differ only by zeros at their end are the same key.
+    """
     return torch.Generator(device).manual_seed(derived(*key))
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ebm_prior import parallel
+from ebm_prior.interrupt import leave_signals
 
 ORDER_KEY = 2**31 + 2  # the order of the images, apart from a process's noise
 
@@ -59,6 +60,7 @@ class Batches:
                 self.dataset,
                 batch_sampler=[batch.tolist() for batch in batches],
                 num_workers=self.workers,
+                worker_init_fn=leave_signals,
                 # Seeds the workers; without it the loader would draw from PyTorch's own generator.
                 generator=seeded("cpu", self.seed, ORDER_KEY, number, parallel.rank()),
             )

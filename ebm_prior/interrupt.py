@@ -10,6 +10,14 @@ from typing import Any
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
+def leave_signals(worker: int) -> None:
+    """Of a process that reads ahead: whoever stops the run signals the whole group, and the run is
+    to save its state, not to die of a lost worker. Workers end when their run does.
+    """
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 class Interrupt:
     """While entered, the first signal is noted; a second one acts as it always does."""
 

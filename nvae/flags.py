@@ -12,6 +12,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
+NO_DATA = "/tmp/data"  # upstream's default of --data
 MODES = ("sample", "evaluate", "evaluate_fid", "reconstruct", "encode")
 FEATURES = ("2048", "1280", "768", "192", "64", "random")
 READJUST_BATCH = {"evaluate_fid": 2}  # upstream's, and 16 in mode `sample`
@@ -138,7 +139,7 @@ def parser() -> argparse.ArgumentParser:
     )
     theirs.add_argument(
         "--data",
-        default="/tmp/data",
+        default=NO_DATA,
         help="data directory: a folder of pictures, else the checkpoint's data set (%(default)s)",
     )
     theirs.add_argument(

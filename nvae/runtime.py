@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     import torch
 
 
+LOCK = ".lock"
+
+
 @dataclass(frozen=True)
 class Runtime:
     """This process among its fellows, and the device it computes on."""
@@ -94,6 +97,35 @@ def started(device: str = "auto") -> Iterator[Runtime]:
         yield runtime
     finally:
         torch.distributed.destroy_process_group()
+
+
+@contextlib.contextmanager
+def kept(folder: str | os.PathLike[str], here: Runtime) -> Iterator[None]:
+    """Keep a folder to this run: two in one would overwrite each other's files.
+
+    The lock is the system's, on a file that stays; a killed process holds nothing.
+
+    Raises:
+        ValueError: another run holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        yield
+        return
+    if not here.is_main:
+        yield
+        return
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with open(Path(folder) / LOCK, "w", encoding="ascii") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ValueError(
+                f"another process is running in {folder}; wait for it, stop it, or give another"
+                " folder"
+            ) from None
+        yield
 
 
 @contextlib.contextmanager

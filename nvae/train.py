@@ -28,7 +28,7 @@ WORKERS = 8  # upstream's
 
 def train(settings: Settings) -> int:
     """Train, or go on training; 0 when done, 128 + signal when stopped by one."""
-    with runtime.started(settings.device) as here:
+    with runtime.started(settings.device) as here, runtime.kept(settings.folder, here):
         trainer = _prepared(settings, here)
         stopped_by = trainer.run()
         if here.is_main:

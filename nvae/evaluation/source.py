@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from nvae import data, losses
+from nvae import data, flags, losses
 from nvae.arch import ModelConfig
 from nvae.seeds import derived
 
@@ -42,13 +42,19 @@ def load(root: str, config: ModelConfig, *, train: bool) -> Source:
 
     Args:
         train: the training images of that data set, not those held out.
+
+    Raises:
+        ValueError: neither is there.
     """
     folder = Path(root)
+    fit = data.Fit(config.image_size, "RGB" if config.data.channels == 3 else "L")
     if folder.is_dir():
-        fit = data.Fit(config.image_size, "RGB" if config.data.channels == 3 else "L")
         with contextlib.suppress(ValueError):  # no pictures
             return Source(data.folder(folder, fit), config, f"pictures in {root}")
-    images = data.load(config.dataset, root if folder.is_dir() else None, train, config=config)
+    digits = config.dataset == "digits"  # they come with scikit-learn, not from a folder
+    if digits and root != flags.NO_DATA:
+        raise ValueError(f"--data {root}: no pictures there; without --data the digits are read")
+    images = data.load(config.dataset, None if digits else root, train, config=config)
     return Source(
         images, config, f"{config.dataset}, {'training' if train else 'held-out'} images"
     )

@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Dataset, RandomSampler
 
 from nvae import distributed
 from nvae.seeds import derived
+from nvae.training.interrupt import leave_signals
 
 
 def orders(images: int, seed: int) -> Iterator[Tensor]:
@@ -95,6 +96,7 @@ class Batches:
                 batch_sampler=mine[start:].tolist(),
                 generator=torch.Generator(),  # else the loader draws from PyTorch's own
                 num_workers=self.workers,
+                worker_init_fn=leave_signals,
                 pin_memory=self.pin,
             )
         )

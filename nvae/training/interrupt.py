@@ -30,3 +30,11 @@ def noted() -> Iterator[list[int]]:
         yield came
     finally:
         restore()
+
+
+def leave_signals(worker: int) -> None:
+    """Of a process that reads ahead: a signal to the whole group is to save the run, not to break
+    it by the loss of a worker. Workers end when their run does.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

@@ -20,7 +20,7 @@ from ebm_prior.commands.train.job import take_statistics
 from ebm_prior.presets import PRESETS
 from ebm_prior.prior import EBMPrior
 from nvae import checkpoint as nvae_checkpoint
-from nvae import data
+from nvae import data, runtime
 from tests.ebm_prior import small_vaes
 
 pytest.importorskip("sklearn")
@@ -56,10 +56,18 @@ def run(vae_file, tmp_path_factory):
 # --- train
 
 
+def test_a_second_run_in_the_same_folder_is_refused(vae_file, tmp_path, capsys):
+    out = tmp_path / "run"
+    with runtime.kept(out, runtime.Runtime(torch.device("cpu"))):
+        assert train(vae_file, out, "--iterations", "1") == 2
+    assert f"another process is running in {out}" in capsys.readouterr().err
+    assert train(vae_file, out, "--iterations", "1") == 0
+
+
 def test_training_writes_what_the_help_says(run):
     assert {path.name for path in run.iterdir()} == {
         *("last.pt", "prior.safetensors", "config.json", "args.json", "metrics.jsonl"),
-        *("grids", "tensorboard"),
+        *("grids", "tensorboard", ".lock"),
     }
     names = {path.name for path in (run / "grids").iterdir()}
     assert names == {"gaussian.png", "step_0000003.png"}

@@ -250,6 +250,13 @@ def test_flags_of_the_statistics_out_of_range_are_refused(arguments, message):
 # --- own images
 
 
+def test_a_folder_without_pictures_is_not_taken_for_the_digits(digits, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for folder in ("empty", "missing"):
+        with pytest.raises(ValueError, match=rf"--data .*{folder}: no pictures there"):
+            run(digits, tmp_path, "--eval_mode", "reconstruct", "--data", str(tmp_path / folder))
+
+
 def test_own_pictures_come_out_in_pairs(digits, tmp_path):
     pictures = tmp_path / "pictures"
     pictures.mkdir()

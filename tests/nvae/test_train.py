@@ -320,7 +320,11 @@ def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
     ]
     command = [sys.executable, "-m", "nvae.train", *words]
     process = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        command,
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},  # as many threads as the tests: same bits
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     last, patience = tmp_path / "eval-run" / "last.pt", time.monotonic() + 60
     while not last.exists() and process.poll() is None and time.monotonic() < patience:

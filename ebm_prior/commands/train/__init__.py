@@ -34,5 +34,5 @@ def run(args: argparse.Namespace) -> int:
     from ebm_prior.commands.train import job
     from nvae import runtime
 
-    with runtime.started(command.device) as here:
+    with runtime.started(command.device) as here, runtime.kept(command.out, here):
         return job.train(command, here)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from nvae.runtime import Runtime
 
 IN_MEMORY = ("cifar10", "mnist", "digits")  # need no processes that read ahead
+LARGE = 10_000  # latent values from which a CPU is not enough
 BN_KEY = 2**31 + 1  # the random numbers of BatchNorm re-estimation
 
 
@@ -41,6 +42,11 @@ def train(command: Run, here: Runtime) -> int:
     steps, step = trainer.settings.iterations, trainer.step
     begin = f"going on from step {step}" if step else "training"
     say(f"{begin}: {steps} steps, {len(batches)} per epoch, on {here.device}")
+    if here.device.type == "cpu" and trainer.prior.layout.dim > LARGE:
+        say(
+            f"note: {trainer.prior.layout.dim:,} latent values on a CPU: a step can take minutes,"
+            " the published settings are for GPUs; --num_steps 2 --width 8 make a trial of it"
+        )
     summary = trainer.run()
     if here.is_main:
         print(told(command, summary))

@@ -91,7 +91,7 @@ def test_the_text_counts_the_seeds_in_which_the_prior_beats_the_fitted_gaussian(
 
     text = " ".join(compare.sentences([row(4.0), row(6.0), row(12.0)], kl_weight=0.5))
     assert "0.40 to 1.20 of the Gaussian" in text
-    assert "below the fitted Gaussian in 1 of 3" in text
+    assert "below the chain in 2 of 3 and below the fitted Gaussian in 1 of 3" in text
 
 
 def test_a_training_run_that_fails_is_told_with_its_last_words(tmp_path):

@@ -152,13 +152,16 @@ def sentences(runs: Sequence[dict[str, Any]], kl_weight: float) -> list[str]:
     def share(kind: str) -> float:
         return sum(row["confident"][kind] for row in runs) / len(runs)
 
-    ahead = sum(row["frechet"]["ebm"] < row["frechet"]["fitted_gaussian"] for row in runs)
+    def ahead(control: str) -> str:
+        return f"{sum(r['frechet']['ebm'] < r['frechet'][control] for r in runs)} of {len(runs)}"
+
     return [
         f"Backbone with KL weight {kl_weight:g}, {len(runs)} seed(s). Fréchet distance of EBM"
         f" samples: {ratios('ebm', 'gaussian')} of the Gaussian prior's.",
         f"Controls: the same chain without a model (f = 0) {ratios('no_model_chain', 'gaussian')},"
-        f" a fitted Gaussian {ratios('fitted_gaussian', 'gaussian')}; the EBM prior is below the"
-        f" fitted Gaussian in {ahead} of {len(runs)}.",
+        f" a fitted Gaussian {ratios('fitted_gaussian', 'gaussian')}. The EBM prior is below the"
+        f" chain in {ahead('no_model_chain')} and below the fitted Gaussian in"
+        f" {ahead('fitted_gaussian')}.",
         f"Samples the classifier is sure of: {share('gaussian'):.0%} from the Gaussian prior,"
         f" {share('ebm'):.0%} from the EBM prior, {share('reconstruction'):.0%} of"
         " reconstructions.",

@@ -49,6 +49,15 @@ def _prepared(settings: Settings, here: runtime.Runtime) -> Trainer:
 
     folder = Path(settings.folder)
     there = [name for name in (state.LAST, state.CHECKPOINT) if (folder / name).exists()]
+    seen = distributed.collect(there)
+    if any(names != seen[0] for names in seen):
+        told = "; ".join(
+            f"process {rank} {', '.join(names) or 'nothing'}" for rank, names in enumerate(seen)
+        )
+        raise ValueError(
+            f"the processes do not see the same files of the run in {folder}: {told}; give all"
+            " machines one --root that they share"
+        )
     if settings.cont_training and not there:
         raise ValueError(
             f"--cont_training: neither {state.LAST} nor {state.CHECKPOINT} is in {folder}; leave"

@@ -331,6 +331,13 @@ class Trainer:
             log.say(f"{where}; skipped ({len(self.guard.skipped)} of {self.guard.max_skips})")
             return
         last = state.read(self.folder)
+        seen = distributed.collect(last["step"] if last else None)
+        if any(step != seen[0] for step in seen):
+            raise ValueError(
+                f"training diverged at {where}, and the processes do not see the same"
+                f" {state.LAST} in {self.folder} to go back to; give all machines one --root that"
+                " they share"
+            )
         if last is None or not self.guard.may_go_back():
             good = f", of step {last['step']}, is in {state.LAST}" if last else " was not saved"
             raise ValueError(

@@ -538,6 +538,28 @@ def test_two_processes_with_half_the_batch_give_the_same_curve(
     assert all(value.isfinite().all() for value in lost.values())
 
 
+def test_processes_that_do_not_share_the_folder_are_refused(
+    few: list[Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    train.train(tiny(tmp_path, max_steps=2))
+    monkeypatch.setattr(distributed, "collect", lambda value: [value, []])
+    with pytest.raises(
+        ValueError, match=r"process 0 last\.pt, checkpoint\.pt; process 1 nothing;"
+    ):
+        train.train(tiny(tmp_path, resume="auto"))
+
+
+def test_processes_that_do_not_see_one_last_state_do_not_go_back_apart(
+    few: list[Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def apart(value: Any) -> list[Any]:
+        return [value, None] if isinstance(value, int) else [value]
+
+    monkeypatch.setattr(distributed, "collect", apart)
+    with pytest.raises(ValueError, match=r"do not see the same last\.pt"):
+        train.train(tiny(tmp_path, learning_rate=1e12, max_skips=0, save_every=1, epochs=5))
+
+
 CIFAR10: dict[str, Any] = {
     **TINY, "dataset": "cifar10", "arch_instance": "res_mbconv", "num_latent_scales": 2,
     "num_mixture_dec": 10, "num_channels_enc": 8, "num_channels_dec": 8,

@@ -13,6 +13,7 @@ from nvae import distributed, losses
 from nvae.arch import DataSet
 from nvae.model import AutoEncoder
 from nvae.seeds import seeded
+from nvae.training.interrupt import leave_signals
 
 
 class Likelihood(NamedTuple):
@@ -94,6 +95,7 @@ def importance_weighted(
             list(range(block * batch_size, min((block + 1) * batch_size, count))) for block in mine
         ],
         num_workers=workers,
+        worker_init_fn=leave_signals,
         generator=seeded("cpu", seed),  # else the loader draws from PyTorch's own
     )
     if progress:

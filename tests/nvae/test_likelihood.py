@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import signal
 from pathlib import Path
 
 import pytest
@@ -98,3 +99,20 @@ def test_two_processes_measure_what_one_does(tmp_path: Path) -> None:
     for rank in range(2):
         together = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
         assert tuple(together) == pytest.approx(tuple(alone))
+
+
+class _Calm(torch.utils.data.Dataset[torch.Tensor]):
+    """Images that can only be read where a signal to the group does no harm."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, index: int) -> torch.Tensor:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            assert signal.getsignal(number) == signal.SIG_IGN
+        return torch.full((1, 8, 8), 0.5)
+
+
+def test_a_signal_to_the_group_leaves_the_readers_of_an_evaluation() -> None:
+    model = AutoEncoder(CONFIG)
+    assert importance_weighted(model, _Calm(), 1, batch_size=2, workers=1).images == 4

@@ -12,7 +12,6 @@ import json
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from nvae import flags, runtime
@@ -135,7 +134,7 @@ def _images(settings: Settings) -> Any:
     else:
         both = settings.dataset in WITH_HELD_OUT and not settings.held_out
         halves = [True, False] if both else [not settings.held_out]
-        root = settings.data if Path(settings.data).is_dir() else None
+        root = None if settings.dataset == "digits" else settings.data  # with scikit-learn
         parts = [data.load(settings.dataset, root, h, augment=settings.flip) for h in halves]
         found = ConcatDataset(parts) if both else parts[0]
     if len(found) <= settings.max_samples:

@@ -250,6 +250,12 @@ def test_flags_of_the_statistics_out_of_range_are_refused(arguments, message):
 # --- own images
 
 
+def test_statistics_name_a_data_folder_that_is_not_there(tmp_path):
+    arguments = ["--dataset", "cifar10", "--data", str(tmp_path / "typo"), "--device", "cpu"]
+    with pytest.raises(ValueError, match="typo is not a folder; expected the one that holds cif"):
+        fid_stats.main([*arguments, "--fid_dir", str(tmp_path), "--features", "random"])
+
+
 def test_a_folder_without_pictures_is_not_taken_for_the_digits(digits, tmp_path):
     (tmp_path / "empty").mkdir()
     for folder in ("empty", "missing"):

@@ -113,9 +113,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if dry_run:
         print(json.dumps(asdict(found), indent=2))
         return 0
-    several = found.num_process_per_node > 1 or found.num_proc_node > 1
-    if several and "WORLD_SIZE" not in os.environ:
+    wanted, there = found.num_process_per_node * found.num_proc_node, os.environ.get("WORLD_SIZE")
+    if wanted > 1 and there is None:
         _launch(found, sys.argv[1:] if argv is None else argv)
+    if wanted > 1 and there != str(wanted):
+        raise ValueError(
+            f"--num_process_per_node and --num_proc_node speak of {wanted} processes, but"
+            f" WORLD_SIZE of {there}; under torchrun leave both flags out"
+        )
     return train(found)
 
 

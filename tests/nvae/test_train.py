@@ -133,6 +133,9 @@ def test_several_processes_and_machines_start_through_torchrun(
         train.main([*flags, "--num_proc_node", "3", "--node_rank", "1"])
     meet = ["--nnodes=3", "--node_rank=1", "--master_addr=127.0.0.1", "--master_port=6020"]
     assert called[-1][:6] == start + meet
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ValueError, match=r"speak of 2 processes, but WORLD_SIZE of 4; under"):
+        train.main(flags)
 
 
 # --- batches

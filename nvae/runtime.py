@@ -76,6 +76,11 @@ def this_process(device: str = "auto") -> Runtime:
         int(os.environ.get(name, default))
         for name, default in (("RANK", "0"), ("LOCAL_RANK", "0"), ("WORLD_SIZE", "1"))
     )
+    if world_size > 1 and device.startswith("cuda:"):
+        raise ValueError(
+            f"--device {device} would put all {world_size} processes on one GPU; give --device"
+            " cuda, and each takes its own"
+        )
     runtime = Runtime(pick_device(device, local_rank), rank, local_rank, world_size)
     if runtime.device.type == "cuda":
         torch.cuda.set_device(runtime.device)

@@ -102,7 +102,8 @@ def _read(path: str | os.PathLike[str]) -> tuple[Checkpoint, AutoEncoder]:
 
 def _unpickle(path: Path) -> object:
     if not path.is_file():
-        raise ValueError(f"{path}: there is no such file; give the path of a checkpoint.pt")
+        what = "it is a folder" if path.is_dir() else "there is no such file"
+        raise ValueError(f"{path}: {what}; give the path of a checkpoint.pt")
     try:
         _refuse_bomb(path)
         # torch.load reads past a flipped bit; the container has a checksum for each tensor.

@@ -87,7 +87,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, least in (
-            ("num_samples", 1),
+            ("num_samples", 2 if self.eval_mode == "evaluate_fid" else 1),
             ("block_size", 1),
             ("num_iw_samples", 1),
             ("readjust_iterations", 1),

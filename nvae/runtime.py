@@ -145,15 +145,15 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
         dir=target.parent, prefix=f".{target.name}.", suffix=target.suffix
     )
     os.close(handle)
-    # mkstemp makes files private; a result is as readable as the user's umask says.
-    umask = os.umask(0)
-    os.umask(umask)
-    os.chmod(name, 0o666 & ~umask)
     temporary = Path(name)
     try:
         yield temporary
         with open(temporary, "rb") as file:
             os.fsync(file.fileno())
+        # mkstemp and some writers make files private; a result is as readable as the umask says.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)

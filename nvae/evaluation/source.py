@@ -47,6 +47,8 @@ def load(root: str, config: ModelConfig, *, train: bool) -> Source:
         ValueError: neither is there.
     """
     folder = Path(root)
+    if folder.is_file():
+        raise ValueError(f"--data {root} is a file; give the folder that holds the pictures")
     fit = data.Fit(config.image_size, "RGB" if config.data.channels == 3 else "L")
     if folder.is_dir():
         with contextlib.suppress(ValueError):  # no pictures

@@ -35,6 +35,11 @@ def digits(tmp_path_factory):
     return path
 
 
+@pytest.fixture(autouse=True)
+def _no_pictures_at_upstreams_default(monkeypatch):
+    monkeypatch.setattr(flags, "NO_DATA", "/no/such/folder")
+
+
 @pytest.fixture(scope="module")
 def statistics(tmp_path_factory):
     """Reference statistics of the digits under the random network."""
@@ -46,7 +51,7 @@ def statistics(tmp_path_factory):
 
 def run(model, folder, *more):
     arguments = ["--checkpoint", str(model), "--save", str(folder), "--device", "cpu"]
-    assert evaluate.main([*arguments, "--data", str(folder / "none"), *more]) == 0
+    assert evaluate.main([*arguments, *more]) == 0
     report = folder / "report.json"
     return json.loads(report.read_text()) if report.exists() else {}
 
@@ -153,7 +158,6 @@ def test_two_processes_give_the_value_of_one(digits, statistics, tmp_path, monke
     one = run(digits, tmp_path / "one", *arguments)
     command = [sys.executable, "-m", "nvae.evaluate", "--checkpoint", str(digits)]
     command += ["--save", str(tmp_path / "two"), "--device", "cpu", "--world_size", "2"]
-    command += ["--data", str(tmp_path / "none")]
     subprocess.run([*command, *arguments], check=True, capture_output=True)
     two = json.loads((tmp_path / "two" / "report.json").read_text())
     assert two["protocol"]["processes"] == 2
@@ -250,6 +254,15 @@ def test_flags_of_the_statistics_out_of_range_are_refused(arguments, message):
 # --- own images
 
 
+def test_one_picture_or_one_sample_is_too_little(digits, tmp_path):
+    picture = tmp_path / "one.png"
+    picture.touch()
+    with pytest.raises(ValueError, match="is a file; give the folder"):
+        run(digits, tmp_path, "--eval_mode", "reconstruct", "--data", str(picture))
+    with pytest.raises(ValueError, match="--num_samples 1: expected at least 2"):
+        run(digits, tmp_path, "--eval_mode", "evaluate_fid", "--num_samples", "1")
+
+
 def test_statistics_name_a_data_folder_that_is_not_there(tmp_path):
     arguments = ["--dataset", "cifar10", "--data", str(tmp_path / "typo"), "--device", "cpu"]
     with pytest.raises(ValueError, match="typo is not a folder; expected the one that holds cif"):
@@ -293,7 +306,7 @@ def test_encoded_latents_are_those_of_the_posterior_and_give_the_image_back(digi
     assert found["u"].shape == (5, sum(z_i[0].numel() for z_i in z))
     split = found["u"].split([z_i[0].numel() for z_i in z], 1)
     u = [part.view(5, *shape) for part, shape in zip(split, shapes, strict=True)]
-    images = source.load("none", model.config, train=False)
+    images = source.load(flags.NO_DATA, model.config, train=False)
     x = torch.stack([images[i] for i in range(5)])
     with torch.no_grad():
         again = model(x, generator=seeded("cpu", 1, 0))

@@ -100,6 +100,8 @@ def started(device: str = "auto") -> Iterator[Runtime]:
     torch.distributed.init_process_group(backend)
     try:
         yield runtime
+        # Nobody leaves while another still computes: gloo can abort a process whose peer has gone.
+        torch.distributed.barrier()
     finally:
         torch.distributed.destroy_process_group()
 
@@ -121,8 +123,9 @@ def kept(folder: str | os.PathLike[str], here: Runtime) -> Iterator[None]:
     if not here.is_main:
         yield
         return
-    Path(folder).mkdir(parents=True, exist_ok=True)
-    with open(Path(folder) / LOCK, "w", encoding="ascii") as file:
+    path, new = Path(folder), not Path(folder).exists()
+    path.mkdir(parents=True, exist_ok=True)
+    with open(path / LOCK, "w", encoding="ascii") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -130,7 +133,12 @@ def kept(folder: str | os.PathLike[str], here: Runtime) -> Iterator[None]:
                 f"another process is running in {folder}; wait for it, stop it, or give another"
                 " folder"
             ) from None
-        yield
+        try:
+            yield
+        finally:
+            if new and [entry.name for entry in path.iterdir()] == [LOCK]:
+                (path / LOCK).unlink()  # refused before anything was written: leave no trace
+                path.rmdir()
 
 
 @contextlib.contextmanager

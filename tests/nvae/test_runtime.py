@@ -25,6 +25,19 @@ def test_a_folder_is_kept_to_one_run_until_that_ends(tmp_path):
         pass
 
 
+def test_a_run_that_is_refused_leaves_no_new_folder_behind(tmp_path):
+    here = runtime.Runtime(torch.device("cpu"))
+
+    def refused(folder):
+        with runtime.kept(folder, here):
+            raise ValueError("bad flags")
+
+    for folder, there in ((tmp_path / "new", False), (tmp_path, True)):
+        with pytest.raises(ValueError, match="bad flags"):
+            refused(folder)
+        assert folder.exists() == there
+
+
 def test_a_file_appears_whole_or_not_at_all_and_as_readable_as_the_umask_says(tmp_path):
     path = tmp_path / "new" / "file.txt"
 

@@ -24,7 +24,6 @@ from nvae.flags import Settings
 if TYPE_CHECKING:
     from nvae.evaluation.job import Job
 
-__all__ = ["main", "provenance"]
 
 #: Mode -> module, function, and whether its processes bring their results together. The others
 #: exchange nothing, so they join no group.

@@ -272,7 +272,7 @@ class Table:
 def protocol(settings: Settings) -> dict[str, Any]:
     """What the images were made of and with."""
     from ebm_prior import checkpoint
-    from nvae.evaluate import provenance
+    from nvae.evaluation.job import provenance
 
     file = checkpoint.read(settings.prior)
     return {

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,23 +11,11 @@ import torch
 from torch import nn
 
 from nvae import batchnorm
-from nvae.arch import ModelConfig
 from nvae.layers import BatchNormSwish, SyncedBatchNorm2d
 from nvae.model import AutoEncoder
+from tests.nvae.small_models import SMALL
 
-CONFIG = ModelConfig(
-    dataset="digits",
-    num_latent_scales=2,
-    num_groups_per_scale=1,
-    num_latent_per_group=2,
-    num_channels_enc=4,
-    num_channels_dec=4,
-    num_preprocess_blocks=1,
-    num_postprocess_blocks=1,
-    num_preprocess_cells=1,
-    num_postprocess_cells=1,
-    num_mixture_dec=2,
-)
+CONFIG = replace(SMALL, num_latent_scales=2, num_groups_per_scale=1)
 
 
 def test_only_the_generating_path_changes() -> None:

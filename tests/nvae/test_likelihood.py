@@ -10,22 +10,12 @@ import pytest
 import torch
 
 from nvae import likelihood, losses
-from nvae.arch import DATA_SETS, ModelConfig
+from nvae.arch import DATA_SETS
 from nvae.likelihood import importance_weighted
 from nvae.model import AutoEncoder
+from tests.nvae.small_models import SMALL
 
-CONFIG = ModelConfig(
-    dataset="digits",
-    num_groups_per_scale=2,
-    num_latent_per_group=2,
-    num_channels_enc=4,
-    num_channels_dec=4,
-    num_preprocess_blocks=1,
-    num_postprocess_blocks=1,
-    num_preprocess_cells=1,
-    num_postprocess_cells=1,
-    num_mixture_dec=2,
-)
+CONFIG = SMALL
 
 
 def digits(count: int = 10) -> list[torch.Tensor]:

@@ -14,23 +14,9 @@ from nvae.flows import Flow, HalfFlow
 from nvae.layers import DataInitConv2d
 from nvae.losses import SpectralNorm, balance_kl, kl_coefficient, norm_coefficient
 from nvae.model import AutoEncoder
+from tests.nvae.small_models import SMALL
 
-TINY = ModelConfig(
-    dataset="digits",
-    num_latent_scales=2,
-    num_groups_per_scale=2,
-    num_latent_per_group=2,
-    num_channels_enc=4,
-    num_channels_dec=4,
-    num_preprocess_blocks=1,
-    num_postprocess_blocks=1,
-    num_preprocess_cells=1,
-    num_postprocess_cells=1,
-    num_mixture_dec=2,
-    num_nf=1,
-    use_se=True,
-    res_dist=True,
-)
+TINY = replace(SMALL, num_latent_scales=2, num_nf=1, use_se=True, res_dist=True)
 
 
 def tiny(config: ModelConfig = TINY) -> AutoEncoder:

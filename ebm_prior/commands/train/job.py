@@ -199,7 +199,7 @@ def show(path: Path, pictures: Tensor, caption: str) -> np.ndarray:
 def write_arguments(command: Run) -> None:
     """`args.json`: the resolved command line, the package version and the commit."""
     from nvae import runtime
-    from nvae.evaluate import provenance
+    from nvae.evaluation.job import provenance
 
     with runtime.written_whole(command.out / "args.json") as temporary:
         text = json.dumps({**command.to_json(), **provenance()}, indent=2)

@@ -15,16 +15,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ebm_prior import apex, checkpoint, parallel, run_state
-from ebm_prior.batches import seeded
-from ebm_prior.ema import Average
+from ebm_prior import checkpoint, parallel
 from ebm_prior.files import written_whole
 from ebm_prior.fingerprint import backbone_fingerprint
-from ebm_prior.guard import Guard, Limits, Measured
-from ebm_prior.interrupt import Interrupt
 from ebm_prior.prior import EBMPrior
-from ebm_prior.run_log import RunLog
-from ebm_prior.settings import TrainSettings
+from ebm_prior.seeds import seeded
+from ebm_prior.training import apex, run_state
+from ebm_prior.training.ema import Average
+from ebm_prior.training.guard import Guard, Limits, Measured
+from ebm_prior.training.interrupt import Interrupt
+from ebm_prior.training.run_log import RunLog
+from ebm_prior.training.settings import TrainSettings
 
 PRIOR = "prior.safetensors"
 GRID_KEY = 2**31  # the pictures' noise: a process's own noise has its rank in this place
@@ -33,7 +34,7 @@ Show = Callable[[Path, Tensor, str], "np.ndarray | None"]
 
 
 class Source(Protocol):
-    """Where images come from; `ebm_prior.batches.Batches` is one."""
+    """Where images come from; `ebm_prior.training.batches.Batches` is one."""
 
     def __len__(self) -> int:
         """Batches per epoch."""

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
-from ebm_prior import apex
+from ebm_prior.training import apex
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -203,7 +203,7 @@ def draw(settings: Settings, prior: EBMPrior, first: int, count: int) -> Tensor:
     Raises:
         ValueError: NaN or infinite values.
     """
-    from ebm_prior.batches import seeded
+    from ebm_prior.seeds import seeded
 
     device = next(prior.energies.parameters()).device
     generator = seeded(device, settings.seed, first)

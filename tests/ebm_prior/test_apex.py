@@ -7,8 +7,8 @@ import sys
 import pytest
 import torch
 
-from ebm_prior import apex, run_state
 from ebm_prior.commands import main
+from ebm_prior.training import apex, run_state
 from tests.ebm_prior.test_trainer import resumed, same_run, trainer
 
 # Adam in the form of apex's: the step counter is the group's, weight decay has two modes.

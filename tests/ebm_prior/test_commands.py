@@ -14,11 +14,12 @@ import torch
 from PIL import Image
 
 import ebm_prior
-from ebm_prior import checkpoint, run_state
+from ebm_prior import checkpoint
 from ebm_prior.commands import COMMANDS, main
 from ebm_prior.commands.train.job import take_statistics
 from ebm_prior.presets import PRESETS
 from ebm_prior.prior import EBMPrior
+from ebm_prior.training import run_state
 from nvae import checkpoint as nvae_checkpoint
 from nvae import data, runtime
 from tests.ebm_prior import small_vaes

@@ -8,7 +8,7 @@ from ebm_prior.commands.train.flags import PRIOR_FLAGS, TRAINING_FLAGS
 from ebm_prior.config import PriorConfig
 from ebm_prior.presets import PRESETS, PRIOR_SETTINGS, resolved
 from ebm_prior.prior import EBMPrior
-from ebm_prior.settings import TrainSettings
+from ebm_prior.training.settings import TrainSettings
 from nvae.arch import DATA_SETS
 from tests.ebm_prior.toys import LinearGaussian
 

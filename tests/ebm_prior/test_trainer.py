@@ -11,14 +11,16 @@ import sys
 import pytest
 import torch
 
-from ebm_prior import checkpoint, parallel, run_state
-from ebm_prior.batches import Batches, seeded
+from ebm_prior import checkpoint, parallel
 from ebm_prior.config import PriorConfig
-from ebm_prior.ema import Average
-from ebm_prior.guard import Guard, Limits, Measured
 from ebm_prior.prior import EBMPrior
-from ebm_prior.settings import TrainSettings
+from ebm_prior.seeds import seeded
 from ebm_prior.trainer import Trainer
+from ebm_prior.training import run_state
+from ebm_prior.training.batches import Batches
+from ebm_prior.training.ema import Average
+from ebm_prior.training.guard import Guard, Limits, Measured
+from ebm_prior.training.settings import TrainSettings
 from tests.ebm_prior.toys import LinearGaussian
 
 SMALL = {

@@ -12,7 +12,7 @@ from ebm_prior.presets import PRESETS, PRIOR_SETTINGS, resolved
 
 if TYPE_CHECKING:
     from ebm_prior.config import PriorConfig
-    from ebm_prior.settings import TrainSettings
+    from ebm_prior.training.settings import TrainSettings
 
 _ROWS = "\n".join(
     f"  {name:<11}{row['paper']}\n{'':13}settings: {row['source']}"
@@ -218,7 +218,7 @@ def prior_config(command: Run, shapes: tuple[tuple[int, ...], ...]) -> PriorConf
 
 def train_settings(command: Run, batches_per_epoch: int) -> TrainSettings:
     """The trainer's part of the settings, with the length in steps."""
-    from ebm_prior.settings import TrainSettings
+    from ebm_prior.training.settings import TrainSettings
 
     given = {**command.settings, **command.options}
     length = given["iterations"]

@@ -16,8 +16,8 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
-    from ebm_prior.batches import Batches
     from ebm_prior.trainer import Summary, Trainer
+    from ebm_prior.training.batches import Batches
     from nvae.model import AutoEncoder
     from nvae.runtime import Runtime
 
@@ -28,7 +28,7 @@ BN_KEY = 2**31 + 1  # the random numbers of BatchNorm re-estimation
 
 def train(command: Run, here: Runtime) -> int:
     """Check everything, then train, and say what was written."""
-    from ebm_prior import apex
+    from ebm_prior.training import apex
     from nvae import checkpoint
 
     if command.options["optimizer"] == "apex_adam":
@@ -70,7 +70,7 @@ def open_data(command: Run, vae: AutoEncoder, say: Say) -> Batches:
     Raises:
         ValueError: they are missing, or do not fit.
     """
-    from ebm_prior.batches import Batches
+    from ebm_prior.training.batches import Batches
     from nvae import data
 
     made_for = vae.config.dataset
@@ -103,10 +103,10 @@ def make_trainer(
     """The trainer, at its beginning or where the run in OUT stopped."""
     import torch
 
-    from ebm_prior import run_state
     from ebm_prior.backbones.nvae import NVAEBackbone, bn_statistics
     from ebm_prior.prior import EBMPrior
     from ebm_prior.trainer import Trainer
+    from ebm_prior.training import run_state
 
     state = run_state.read(command.out) if command.resume == "auto" else None
     settings = train_settings(command, len(batches))
@@ -144,7 +144,7 @@ def make_trainer(
 def readjust(command: Run, vae: AutoEncoder, here: Runtime, say: Say) -> None:
     """Re-estimate the VAE's BatchNorm statistics in place, at temperature 1."""
     from ebm_prior import parallel
-    from ebm_prior.batches import seeded
+    from ebm_prior.seeds import seeded
     from nvae import batchnorm
 
     count, size = command.settings["bn_iterations"], command.settings["batch_size"]

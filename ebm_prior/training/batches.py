@@ -5,22 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ebm_prior import parallel
-from ebm_prior.interrupt import leave_signals
+from ebm_prior.seeds import seeded
+from ebm_prior.training.interrupt import leave_signals
 
 ORDER_KEY = 2**31 + 2  # the order of the images, apart from a process's noise
-
-
-def seeded(device: torch.device | str, *key: int) -> torch.Generator:
-    """A generator whose numbers belong to this key and to no other."""
-    # With its length: to numpy (0, 1) and (0, 1, 0) are the same key.
-    (state,) = np.random.SeedSequence((len(key), *key)).generate_state(1, np.uint64)
-    return torch.Generator(device).manual_seed(int(state) % 2**63)
 
 
 class Batches:

@@ -1,0 +1,1 @@
+"""The parts of a training run: batches, limits, averages, what is written and read again."""

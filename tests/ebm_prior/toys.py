@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ebm_prior.latents import Layout
+from ebm_prior.schedule import at
 
 
 class LinearGaussian:
@@ -89,6 +90,55 @@ class ExplicitHierarchy:
 
     def infer(self, x, generator=None):
         raise NotImplementedError("the goldens give posterior draws")
+
+
+class EightModes:
+    """Two layers of 2; in u, eight equal Gaussians of deviation 0.3."""
+
+    layout = Layout(((2,), (2,)))
+
+    def __init__(self):
+        angle = (torch.arange(4) * 90 + 45).deg2rad().double()
+        sign = torch.tensor([1.0, -1.0, 1.0, -1.0]).double()
+        top = 1.1 * torch.stack([angle.cos(), angle.sin()], dim=1)
+        self.means = torch.cat(
+            [torch.cat([top, 0.9 * s * torch.stack([sign**0, sign], 1)], 1) for s in (1.0, -1.0)]
+        )
+
+    def to_z(self, u, temperature=1.0):
+        top, low = self.layout.split(temperature * u)
+        return [top, 0.6 * top.flip(1) + (0.5 + 0.5 * top.sigmoid()) * low]
+
+    def to_u(self, z):
+        top, low = z
+        return self.layout.join([top, (low - 0.6 * top.flip(1)) / (0.5 + 0.5 * top.sigmoid())])
+
+    def draw(self, n, generator):
+        modes = torch.randint(8, (n,), generator=generator)
+        return self.means[modes] + 0.3 * torch.randn(n, 4, generator=generator).double()
+
+    def oracle(self, schedule):
+        """F*(z, t) = log q_t(u) + |u|^2/2 + const, given to the bottom layer."""
+
+        def f(z, t):
+            u = self.to_u(z)
+            a = at(schedule.alpha_bar, t, u)
+            v = 0.09 * a**2 + 1 - a**2
+            off = (u.unsqueeze(1) - a.unsqueeze(2) * self.means).square().sum(2)
+            log_q = torch.logsumexp(-off / (2 * v), dim=1) - 2 * v.squeeze(1).log()
+            total = log_q + 0.5 * u.square().sum(1)
+            return torch.stack([torch.zeros_like(total), total], dim=1)
+
+        return f
+
+
+def energy_distance(x, y):
+    """2 E|X-Y| - E|X-X'| - E|Y-Y'|, unbiased."""
+
+    def within(a):
+        return torch.pdist(a).mean()
+
+    return float(2 * torch.cdist(x, y).mean() - within(x) - within(y))
 
 
 class Energies(nn.Module):

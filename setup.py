@@ -41,6 +41,7 @@ setup(
         "safetensors",
         "tqdm",
         "torchmetrics",
+        "matplotlib",
     ],
     # NVIDIA's apex (fused optimisers) is optional and built from source by hand; it is no extra
     # because the package of that name on the usual index is something else.

@@ -1,0 +1,1 @@
+"""What several commands share: their arguments, the opened session, measures and figures."""

@@ -9,9 +9,10 @@ import ebm_prior
 from ebm_prior.backbones.nvae import NVAEBackbone
 from ebm_prior.commands import main
 from ebm_prior.commands.demo import BACKBONE, BACKBONE_KL1, compare
-from ebm_prior.commands.demo.features import PixelComponents, train_classifier
-from ebm_prior.commands.demo.measure import KINDS, Ruler, draw
+from ebm_prior.commands.demo.measure import KINDS, draw
 from ebm_prior.commands.demo.training import Job
+from ebm_prior.commands.shared.classifier import train_classifier
+from ebm_prior.commands.shared.measure import ClassifierRuler, PixelComponents
 from nvae import checkpoint, data
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -26,7 +27,8 @@ def digits():
 @pytest.fixture(scope="module")
 def ruler(digits):
     x, labels = digits
-    return Ruler(train_classifier(x, labels, seed=0, epochs=3), PixelComponents.of(x), x)
+    classifier = train_classifier(x, labels, seed=0, epochs=3)
+    return ClassifierRuler(classifier, PixelComponents.of(x), x)
 
 
 def test_the_demo_in_miniature_writes_report_picture_and_prior(tmp_path, capsys):

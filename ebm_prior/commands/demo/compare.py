@@ -17,10 +17,17 @@ from torch import Tensor
 
 import ebm_prior
 from ebm_prior.commands.demo import Settings
-from ebm_prior.commands.demo.features import NUM_FEATURES, PixelComponents, train_classifier
-from ebm_prior.commands.demo.measure import CONFIDENT, FIT_DRAWS, KINDS, Ruler, draw, table
+from ebm_prior.commands.demo.measure import FIT_DRAWS, KINDS, draw, table
 from ebm_prior.commands.demo.training import Job, train
+from ebm_prior.commands.shared.classifier import train_classifier
+from ebm_prior.commands.shared.measure import (
+    CONFIDENT,
+    NUM_COMPONENTS,
+    ClassifierRuler,
+    PixelComponents,
+)
 from ebm_prior.files import written_whole
+from ebm_prior.prior import EBMPrior
 from nvae import checkpoint, data, images
 
 ROWS, COLUMNS = 6, 10  # of each kind in the picture
@@ -44,13 +51,14 @@ def run(settings: Settings, backbone_kl1: Path) -> None:
     classifier = train_classifier(x, digits.labels, seed=0)
     hits = classifier(x_held_out).argmax(1) == held_out.labels
     reference = torch.cat([x, x_held_out])
-    ruler = Ruler(classifier, PixelComponents.of(reference), reference)
+    ruler = ClassifierRuler(classifier, PixelComponents.of(reference), reference)
 
     jobs = [Job(backbone, seed, settings.out / f"seed-{seed}") for seed in settings.seeds]
     extra = Job(backbone_kl1, settings.seeds[0], settings.out / f"kl1-seed-{settings.seeds[0]}")
     rows: dict[Path, dict[str, Any]] = {}
     for job in train([*jobs, extra], settings.iterations, settings.jobs):
         prior = ebm_prior.load(job.prior, checkpoint.load(job.checkpoint))
+        assert isinstance(prior, EBMPrior)
         samples = draw(prior, x, settings.num_samples, job.seed)
         rows[job.out] = {"seed": job.seed, **table(ruler, samples)}
         if job is jobs[0]:
@@ -66,9 +74,9 @@ def run(settings: Settings, backbone_kl1: Path) -> None:
         },
         "real": {"confident": ruler.measure(x_held_out)["confident"]},
         "protocol": {
-            "frechet": f"{NUM_FEATURES} pre-activations of a convolutional digit classifier"
-            f" trained on the {len(x)} training digits",
-            "frechet_pixels": f"{NUM_FEATURES} leading principal components of the pixels",
+            "frechet": f"{classifier.num_features} pre-activations of a convolutional digit"
+            f" classifier trained on the {len(x)} training digits",
+            "frechet_pixels": f"{NUM_COMPONENTS} leading principal components of the pixels",
             "confident": f"share of samples with a class of probability above {CONFIDENT}",
             "classifier_accuracy_held_out": round(float(hits.float().mean()), 4),
             "reference": f"all {len(reference)} digits; backbone and prior saw {len(x)} of them",

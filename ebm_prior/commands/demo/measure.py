@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from ebm_prior.commands.demo.features import DigitClassifier, PixelComponents
+from ebm_prior.commands.shared.measure import Ruler
 from ebm_prior.fitted import FittedGaussian
 from ebm_prior.prior import EBMPrior
-from nvae.metrics import frechet_distance
 
-CONFIDENT = 0.95  # the classifier's probability from which an image counts as legible
 FIT_DRAWS = 4  # posterior draws per training image for the fitted Gaussian's covariance
 
 # Kind of sample -> what it is called in table and picture; in the picture two stand side by side.
@@ -24,29 +19,6 @@ KINDS = {
     "fitted_gaussian": "fitted Gaussian",
     "reconstruction": "reconstructions",
 }
-
-
-@dataclass(frozen=True)
-class Ruler:
-    """The feature spaces and the reference digits in them."""
-
-    classifier: DigitClassifier
-    components: PixelComponents
-    reference: Tensor
-
-    def measure(self, images: Tensor) -> dict[str, float]:
-        """Fréchet distance to the reference in both spaces, and the share of legible images."""
-        spaces: dict[str, Callable[[Tensor], Tensor]] = {
-            "frechet": self.classifier.features,
-            "frechet_pixels": self.components.features,
-        }
-        row = {
-            name: frechet_distance(features(self.reference), features(images))
-            for name, features in spaces.items()
-        }
-        probabilities = self.classifier(images).softmax(1)
-        row["confident"] = float((probabilities.amax(1) > CONFIDENT).float().mean())
-        return row
 
 
 @torch.no_grad()

@@ -82,7 +82,9 @@ def histograms(
             colour = COLOURS[i % len(COLOURS)]
             share = np.full(len(group), 1 / max(1, len(group)))
             axes.hist(group, list(edges), weights=share, color=colour, alpha=0.35, label=label)
-            axes.hist(group, list(edges), weights=share, color=colour, histtype="step", linewidth=1.2)
+            axes.hist(
+                group, list(edges), weights=share, color=colour, histtype="step", linewidth=1.2
+            )
         axes.set(title=name, xlabel=xlabel, ylabel="share")
         _legend(axes)
     _save(path, figure)

@@ -18,19 +18,19 @@ from torch import Tensor, nn
 
 from ebm_prior import checkpoint
 from ebm_prior.backbones.nvae import NVAEBackbone
+from ebm_prior.base import Prior
 from ebm_prior.fingerprint import backbone_fingerprint, check_fingerprint
-from ebm_prior.prior import EBMPrior
 from nvae.arch import ModelConfig
 from nvae.model import AutoEncoder
 
 
 def attach(
     model: nn.Module,
-    prior: str | os.PathLike[str] | EBMPrior,
+    prior: str | os.PathLike[str] | Prior,
     *,
     args: Mapping[str, Any] | argparse.Namespace | None = None,
     block_size: int | None = None,
-) -> EBMPrior:
+) -> Prior:
     """Replace `model.sample(num_samples, t)` on this instance by draws from the prior.
 
     Like upstream's it returns logits, and t is the temperature; it enters in the last map only.
@@ -54,7 +54,7 @@ def attach(
     if block_size is not None and block_size < 1:
         raise ValueError(f"block_size is {block_size}, expected at least 1, or None for no limit")
     backbone = NVAEBackbone(model, config=_config(model, args))
-    if isinstance(prior, EBMPrior):
+    if isinstance(prior, Prior):
         attached = _on(backbone, prior)
     else:
         attached = checkpoint.load(prior, backbone)
@@ -71,7 +71,7 @@ class AttachedSample:
     def __init__(
         self,
         model: nn.Module,
-        prior: EBMPrior,
+        prior: Prior,
         gaussian: Callable[..., Tensor],
         block_size: int | None = None,
     ) -> None:
@@ -121,15 +121,13 @@ def _config(model: nn.Module, args: Mapping[str, Any] | argparse.Namespace | Non
     return ModelConfig.from_args(vars(args) if isinstance(args, argparse.Namespace) else args)
 
 
-def _on(backbone: NVAEBackbone, prior: EBMPrior) -> EBMPrior:
-    """The same energies on another view of the same weights."""
+def _on(backbone: NVAEBackbone, prior: Prior) -> Prior:
+    """The same prior on another view of the same weights."""
     given = prior.backbone
     check_fingerprint("the prior", backbone_fingerprint(given), backbone.fingerprint())
     if isinstance(given, NVAEBackbone):
         backbone = backbone.with_bn_statistics(given.bn_statistics)
-    attached = EBMPrior(backbone, prior.config)
-    attached.energies = prior.energies
-    return attached
+    return prior.on(backbone)
 
 
 def _batches_seen(model: nn.Module) -> list[int]:

@@ -16,16 +16,16 @@ import torch
 from torch import Tensor
 
 from ebm_prior.backbones.base import Backbone
+from ebm_prior.base import Prior
 from ebm_prior.checkpoint import PathLike, assemble, check_layout, check_tensors, one_line
 from ebm_prior.config import PriorConfig
-from ebm_prior.prior import EBMPrior
 
 BOMB = 100  # times its size that a file may unpack to; one of weights is stored as it is
 
 
 def import_authors(
     path: PathLike, backbone: Backbone, settings: Mapping[str, Any] | None = None
-) -> EBMPrior:
+) -> Prior:
     """Import energy networks of the authors' release, a dictionary of `netE{i}` and `opt{i}`.
 
     Which network, its width, spectral normalisation and latent shapes are read off the keys

@@ -1,7 +1,8 @@
 """A prior's file: one `.safetensors` that says for which backbone it was made.
 
-Tensors: `netE{i}.<key>`, the energy of layer i (0 = top), and, if BatchNorm was re-estimated for
-the training, `bn.<key>`: those statistics belong to the map T and are used with this prior.
+Tensors: what the prior learned, `netE{i}.<key>` for the energy of layer i (0 = top), and, if
+BatchNorm was re-estimated for the training, `bn.<key>`: those statistics belong to the map T and
+are used with this prior.
 Metadata: `format`, `config` (JSON), `fingerprint`, `step`, `version`.
 """
 
@@ -19,13 +20,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ebm_prior import kinds
 from ebm_prior._version import __version__
 from ebm_prior.backbones.base import Backbone
+from ebm_prior.base import Prior
 from ebm_prior.config import PriorConfig
-from ebm_prior.energy import EnergyNets
 from ebm_prior.files import written_whole
 from ebm_prior.fingerprint import backbone_fingerprint, check_fingerprint
-from ebm_prior.prior import EBMPrior
 
 FORMAT = 1
 BN = "bn."
@@ -37,7 +38,7 @@ class PriorFile:
     """What a prior's file holds, checked: finite tensors, names and shapes as the config says."""
 
     config: PriorConfig
-    energies: dict[str, Tensor]
+    learned: dict[str, Tensor]
     bn_statistics: dict[str, Tensor] | None
     fingerprint: str
     step: int
@@ -46,7 +47,7 @@ class PriorFile:
 
 def save(
     path: PathLike,
-    prior: EBMPrior,
+    prior: Prior,
     *,
     fingerprint: str | None = None,
     bn_statistics: Mapping[str, Tensor] | None = None,
@@ -61,7 +62,7 @@ def save(
     """
     if bn_statistics is None:
         bn_statistics = getattr(prior.backbone, "bn_statistics", None)
-    tensors = dict(prior.energies.state_dict())
+    tensors = dict(prior.learned.state_dict())
     tensors |= {BN + key: value for key, value in (bn_statistics or {}).items()}
     metadata = {
         "format": str(FORMAT),
@@ -107,17 +108,17 @@ def read(path: PathLike) -> PriorFile:
         raise ValueError(f"{path}: its metadata lacks {error}; write it with save()") from None
     except (ValueError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: unreadable metadata: {one_line(error)}") from None
-    energies = {k: v for k, v in tensors.items() if not k.startswith(BN)}
+    learned = {k: v for k, v in tensors.items() if not k.startswith(BN)}
     statistics = {k.removeprefix(BN): v for k, v in tensors.items() if k.startswith(BN)}
-    check_tensors(str(path), config, energies)
+    check_tensors(str(path), config, learned)
     _check_finite(str(path), statistics)
     _check_statistics(str(path), statistics)
     return PriorFile(
-        config, energies, statistics or None, name, step, metadata.get("version", "unknown")
+        config, learned, statistics or None, name, step, metadata.get("version", "unknown")
     )
 
 
-def load(path: PathLike, vae_or_backbone: Any) -> EBMPrior:
+def load(path: PathLike, vae_or_backbone: Any) -> Prior:
     """Read a prior for a backbone: an `nvae` model, or anything with the `Backbone` methods.
 
     Raises:
@@ -127,14 +128,14 @@ def load(path: PathLike, vae_or_backbone: Any) -> EBMPrior:
     backbone = _with_statistics(vae_or_backbone, file.bn_statistics)
     check_fingerprint(str(path), file.fingerprint, backbone_fingerprint(backbone))
     check_layout(str(path), file.config, backbone)
-    return assemble(backbone, file.config, file.energies)
+    return assemble(backbone, file.config, file.learned)
 
 
-def assemble(backbone: Backbone, config: PriorConfig, energies: Mapping[str, Tensor]) -> EBMPrior:
+def assemble(backbone: Backbone, config: PriorConfig, learned: Mapping[str, Tensor]) -> Prior:
     """A prior in eval mode from checked tensors, on the backbone's device if it names one."""
     with torch.random.fork_rng(devices=[]):  # initial weights must not cost the caller's draws
-        prior = EBMPrior(backbone, config)
-    prior.energies.load_state_dict(dict(energies))
+        prior = kinds.build(backbone, config)
+    prior.learned.load_state_dict(dict(learned))
     return prior.to(getattr(backbone, "device", torch.device("cpu"))).eval()
 
 
@@ -147,34 +148,36 @@ def check_layout(name: str, config: PriorConfig, backbone: Backbone) -> None:
         )
 
 
-def check_tensors(name: str, config: PriorConfig, energies: Mapping[str, Tensor]) -> None:
+def check_tensors(name: str, config: PriorConfig, learned: Mapping[str, Tensor]) -> None:
     """Names, shapes and values against networks built without memory: a claimed width is free."""
     # Even without memory, building a module takes time: no more of them than the file has tensors.
-    claimed = len(config.shapes) * (max(config.depth, 1) if config.network == "mlp" else 1)
-    if claimed > len(energies):
+    nets = config.kind != "fitted"
+    deep = max(config.depth, 1) if config.network == "mlp" else 1
+    claimed = len(config.shapes) * deep if nets else 1
+    if claimed > len(learned):
         raise ValueError(
-            f"{name}: {len(energies)} tensors for {len(config.shapes)} layers of depth"
+            f"{name}: {len(learned)} tensors for {len(config.shapes)} layers of depth"
             f" {config.depth}; the file is not whole"
         )
     try:
         with torch.device("meta"):
-            expected = EnergyNets.build(config).state_dict()
+            expected = kinds.kind(config.kind).networks(config).state_dict()
     except (RuntimeError, OverflowError) as error:
         raise ValueError(f"{name}: impossible networks: {one_line(error)}") from None
-    missing, unknown = sorted(expected.keys() - energies), sorted(energies.keys() - expected)
+    missing, unknown = sorted(expected.keys() - learned), sorted(learned.keys() - expected)
     if missing or unknown:
         raise ValueError(
             f"{name}: {len(missing)} tensors are missing ({_few(missing)}) and {len(unknown)}"
-            f" are unknown ({_few(unknown)}) for a {config.network!r} network of width"
-            f" {config.width}"
+            f" are unknown ({_few(unknown)}) for a {config.kind} prior with a {config.network!r}"
+            f" network of width {config.width}"
         )
-    for key, value in energies.items():
+    for key, value in learned.items():
         if value.shape != expected[key].shape:
             raise ValueError(
                 f"{name}: {key} has shape {tuple(value.shape)}, expected"
                 f" {tuple(expected[key].shape)}; the file's config and tensors disagree"
             )
-    _check_finite(name, energies)
+    _check_finite(name, learned)
 
 
 def _check_finite(name: str, tensors: Mapping[str, Tensor]) -> None:

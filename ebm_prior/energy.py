@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from ebm_prior.coupling import Coupling
 from ebm_prior.spectral_norm import SNConv2d, SNLinear
 
 if TYPE_CHECKING:
@@ -129,7 +130,13 @@ class ResidualEnergy(_TimedNet):
         shape: (C, H, W) of the layer; `width` is the contract's ch, published 128.
     """
 
-    def __init__(self, shape: Sequence[int], width: int = 128, spectral_norm: bool = True) -> None:
+    def __init__(
+        self,
+        shape: Sequence[int],
+        width: int = 128,
+        spectral_norm: bool = True,
+        outputs: int = 1,
+    ) -> None:
         super().__init__(spectral_norm)
         (first, *rest), pixels = halvings(shape, final=2, at_least=2)
         channels, hid = shape[0], width * pixels
@@ -143,10 +150,10 @@ class ResidualEnergy(_TimedNet):
         self.res_blocks = nn.ModuleList(ResidualBlock(width, h, spectral_norm) for h in rest)
         self.add_pair("linear1", hid, 2 * width)
         self.add_pair("linear2", 2 * width, width)
-        self.out = self.silu_linear(width, 1)
+        self.out = self.silu_linear(width, outputs)
 
     def forward(self, z: Tensor, t: Tensor) -> Tensor:
-        """z (B, C, H, W), t (B,) -> f (B, 1)."""
+        """z (B, C, H, W), t (B,) -> f (B, outputs)."""
         embedding = time_embedding(t).to(z.dtype)
         e = self.t_ebm_model2(embedding)
         x = z + self.t_ebm_model1(embedding)[..., None, None]
@@ -165,7 +172,13 @@ class ConvEnergy(_TimedNet):
         shape: (C, H, W) of the layer; `width` is the contract's ch, published 64.
     """
 
-    def __init__(self, shape: Sequence[int], width: int = 64, spectral_norm: bool = True) -> None:
+    def __init__(
+        self,
+        shape: Sequence[int],
+        width: int = 64,
+        spectral_norm: bool = True,
+        outputs: int = 1,
+    ) -> None:
         super().__init__(spectral_norm)
         (*early, last), pixels = halvings(shape, final=4, at_least=1)
         channels, hid = shape[0], width * pixels
@@ -178,10 +191,10 @@ class ConvEnergy(_TimedNet):
         self.downsample = conv(channels, width, last, spectral_norm)
         self.add_pair("linear1", hid, 8 * width)
         self.add_pair("linear2", 8 * width, 4 * width)
-        self.out = self.silu_linear(4 * width, 1)
+        self.out = self.silu_linear(4 * width, outputs)
 
     def forward(self, z: Tensor, t: Tensor) -> Tensor:
-        """z (B, C, H, W), t (B,) -> f (B, 1)."""
+        """z (B, C, H, W), t (B,) -> f (B, outputs)."""
         e = self.t_ebm_model1(time_embedding(t).to(z.dtype))
         v = self.downsample(self.conv2d(z)).flatten(1)
         v = self.pair("linear2", self.pair("linear1", v, e), e)
@@ -195,7 +208,12 @@ class MLPEnergy(nn.Module):
     """
 
     def __init__(
-        self, shape: Sequence[int], width: int = 128, depth: int = 2, spectral_norm: bool = False
+        self,
+        shape: Sequence[int],
+        width: int = 128,
+        depth: int = 2,
+        spectral_norm: bool = False,
+        outputs: int = 1,
     ) -> None:
         super().__init__()
 
@@ -207,21 +225,31 @@ class MLPEnergy(nn.Module):
         self.layers = nn.ModuleList(
             nn.Sequential(nn.SiLU(), dense(width, width)) for _ in range(depth)
         )
-        self.out = nn.Sequential(nn.SiLU(), dense(width, 1))
+        self.out = nn.Sequential(nn.SiLU(), dense(width, outputs))
 
     def forward(self, z: Tensor, t: Tensor) -> Tensor:
-        """z (B, \\*shape), t (B,) -> f (B, 1)."""
+        """z (B, \\*shape), t (B,) -> f (B, outputs)."""
         y = self.input(z.flatten(1)) + self.time(time_embedding(t).to(z.dtype))
         for layer in self.layers:
             y = y + layer(y)
         return self.out(y)
 
 
+def net_of(config: PriorConfig, shape: Sequence[int], outputs: int = 1) -> nn.Module:
+    """A fresh network as a prior's configuration asks for, on inputs of this shape."""
+    width, sn = config.width, config.spectral_norm
+    if config.network == "mlp":
+        return MLPEnergy(shape, width, config.depth, sn, outputs)
+    variant = {"residual": ResidualEnergy, "conv": ConvEnergy}[config.network]
+    return variant(shape, width, sn, outputs)
+
+
 class EnergyNets(nn.Module):
     """One network per layer; the state dict keys are `netE{i}.<key>`, 0 = top.
 
     Args:
-        nets: modules (z_i, t) -> (B, 1), top layer first.
+        nets: modules (z_i, t) -> (B, outputs), top layer first; an output per class where labels
+            are coupled to the layer, else one.
     """
 
     def __init__(self, nets: Iterable[nn.Module]) -> None:
@@ -232,17 +260,14 @@ class EnergyNets(nn.Module):
     @classmethod
     def build(cls, config: PriorConfig) -> EnergyNets:
         """Fresh networks as a prior's configuration asks for."""
-        width, sn = config.width, config.spectral_norm
-        if config.network == "mlp":
-            return cls(MLPEnergy(shape, width, config.depth, sn) for shape in config.shapes)
-        variant = {"residual": ResidualEnergy, "conv": ConvEnergy}[config.network]
-        return cls(variant(shape, width, sn) for shape in config.shapes)
+        outputs = Coupling(len(config.shapes), config.attributes).widths
+        return cls(net_of(config, s, o) for s, o in zip(config.shapes, outputs, strict=True))
 
     def layer(self, i: int) -> nn.Module:
         """The network of layer i."""
         return self.get_submodule(f"netE{i}")
 
     def forward(self, z: Sequence[Tensor], t: Tensor) -> Tensor:
-        """z: one (B, \\*shape) per layer, t (B,) -> the f_i, (B, L)."""
+        """z: one (B, \\*shape) per layer, t (B,) -> the f_i, (B, L); more columns if coupled."""
         nets = self.children()
         return torch.cat([net(part, t) for net, part in zip(nets, z, strict=True)], dim=1)

@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from ebm_prior import checkpoint, parallel
+from ebm_prior.base import Prior
 from ebm_prior.files import written_whole
 from ebm_prior.fingerprint import backbone_fingerprint
-from ebm_prior.prior import EBMPrior
 from ebm_prior.seeds import seeded
 from ebm_prior.training import apex, run_state
 from ebm_prior.training.ema import Average
@@ -64,7 +64,7 @@ class Summary:
 
 
 class Trainer:
-    """Trains `prior.energies`; writes `last.pt`, `prior.safetensors`, logs and pictures to `out`.
+    """Trains `prior.learned`; writes `last.pt`, `prior.safetensors`, logs and pictures to `out`.
 
     Args:
         prior: on the device to train on.
@@ -79,7 +79,7 @@ class Trainer:
 
     def __init__(
         self,
-        prior: EBMPrior,
+        prior: Prior,
         data: Source,
         settings: TrainSettings,
         out: Path | str,
@@ -91,7 +91,7 @@ class Trainer:
         bar: bool = True,
     ) -> None:
         self.prior, self.data, self.settings, self.out = prior, data, settings, Path(out)
-        self.device = next(prior.energies.parameters()).device
+        self.device = next(prior.learned.parameters()).device
         self.bn_statistics = bn_statistics
         self.fingerprint = fingerprint or backbone_fingerprint(prior.backbone)
         self.show, self.bar = show, bar
@@ -105,18 +105,18 @@ class Trainer:
             **(facts or {}),
         }
         self.generator = seeded(self.device, settings.seed, parallel.rank())
-        parallel.broadcast(prior.energies)
+        parallel.broadcast(prior.learned)
         # One Adam over all layers computes what the reference's one per layer does.
         make: Callable[..., torch.optim.Optimizer] = (
             apex.adam if settings.optimizer == "apex_adam" else torch.optim.Adam
         )
         self.optimizer = make(
-            prior.energies.parameters(),
+            prior.learned.parameters(),
             lr=settings.lr,
             betas=(settings.beta1, settings.beta2),
             weight_decay=settings.weight_decay,
         )
-        self.ema = Average(prior.energies, settings.ema) if settings.ema else None
+        self.ema = Average(prior.learned, settings.ema) if settings.ema else None
         limits = Limits.of(prior.config)
         difference = settings.guard_difference or limits.difference
         self.guard = Guard(Limits(difference, settings.guard_u_std))
@@ -214,9 +214,9 @@ class Trainer:
         )
         self.optimizer.zero_grad()
         loss.backward()
-        parallel.average_gradients(self.prior.energies)
+        parallel.average_gradients(self.prior.learned)
         gradient = torch.nn.utils.clip_grad_norm_(
-            self.prior.energies.parameters(), self.settings.grad_clip or math.inf
+            self.prior.learned.parameters(), self.settings.grad_clip or math.inf
         )
         worst = info.layer_loss.abs().max()
         signal = torch.tensor(float(asked), device=self.device)
@@ -261,14 +261,14 @@ class Trainer:
         """A copy of everything an update changes."""
         return run_state.on_cpu(
             {
-                "energies": self.prior.energies.state_dict(),
+                "energies": self.prior.learned.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
                 "ema": self.ema.state_dict() if self.ema is not None else {},
             }
         )
 
     def _set_learned(self, state: Mapping[str, Any]) -> None:
-        self.prior.energies.load_state_dict(state["energies"])
+        self.prior.learned.load_state_dict(state["energies"])
         # Copied: the optimiser would take the tensors themselves and update them in place.
         self.optimizer.load_state_dict(run_state.on_cpu(state["optimizer"]))
         if self.ema is not None:
@@ -278,9 +278,9 @@ class Trainer:
 
     def _save(self, log: RunLog) -> None:
         """Write `last.pt` and the prior; every process comes here, the first one writes."""
-        if not parallel.alike(self.prior.energies):
+        if not parallel.alike(self.prior.learned):
             log.say("processes have drifted apart by rounding; all take the first one's weights")
-            parallel.broadcast(self.prior.energies)
+            parallel.broadcast(self.prior.learned)
         rng = run_state.random_states(self.generator)
         if parallel.rank() == 0:
             run_state.write(

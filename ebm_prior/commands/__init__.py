@@ -1,4 +1,4 @@
-"""The commands of `python -m ebm_prior`: one module or package each.
+"""The commands of `python -m ebm_prior`: one module or package each, and what they share.
 
 A command module has `HELP`, `add_arguments(parser)` and `run(args) -> status`, and imports torch
 only inside `run`. Naming a command imports its module alone.
@@ -15,7 +15,8 @@ from typing import Any
 
 from nvae.runtime import exit_status
 
-COMMANDS = tuple(module.name for module in pkgutil.iter_modules(__path__))
+SHARED = "shared"  # no command
+COMMANDS = tuple(module.name for module in pkgutil.iter_modules(__path__) if module.name != SHARED)
 
 DESCRIPTION = """\
 Energy-based diffusion priors for hierarchical VAEs: train one on a frozen NVAE checkpoint, then

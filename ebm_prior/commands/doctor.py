@@ -173,7 +173,7 @@ def of_prior(path: str, backbone: NVAEBackbone | None) -> Checks:
 
     file = checkpoint.read(path)
     config = file.config
-    count = sum(value.numel() for value in file.energies.values())
+    count = sum(value.numel() for value in file.learned.values())
     yield Check(
         OK,
         "prior",

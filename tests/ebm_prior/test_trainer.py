@@ -78,7 +78,7 @@ def same_run(one, two):
     assert torch.equal(learned(one), learned(two))
     files = [checkpoint.read(run / "prior.safetensors") for run in (one, two)]
     assert files[0].step == files[1].step
-    assert all(torch.equal(files[0].energies[k], v) for k, v in files[1].energies.items())
+    assert all(torch.equal(files[0].learned[k], v) for k, v in files[1].learned.items())
 
 
 def metrics(out, name):
@@ -251,7 +251,7 @@ def test_averaged_weights_follow_the_formula_and_are_the_ones_saved(tmp_path):
 
     training = trainer(tmp_path, ema=0.9)
     training.run()
-    saved = checkpoint.read(tmp_path / "prior.safetensors").energies
+    saved = checkpoint.read(tmp_path / "prior.safetensors").learned
     assert all(torch.equal(saved[k], v) for k, v in training.ema.shadow.items())
     assert not torch.equal(saved["netE0.input.weight"], training.ema.module.netE0.input.weight)
 
@@ -383,7 +383,7 @@ def test_a_run_that_is_lost_again_and_again_stops_with_the_last_good_state_saved
     start = training._learned()["energies"]
     with pytest.raises(ValueError, match=r"halved 2 times; the last good state, of step 0, is in"):
         training.run()
-    saved = checkpoint.read(tmp_path / "prior.safetensors").energies
+    saved = checkpoint.read(tmp_path / "prior.safetensors").learned
     assert all(torch.equal(saved[key], value) for key, value in start.items())
 
 

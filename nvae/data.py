@@ -12,7 +12,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -22,8 +22,12 @@ from torch.utils.data import Dataset
 
 from nvae import arch, arrays, lmdb_io, pictures
 
-if TYPE_CHECKING:
-    from nvae.arch import ModelConfig
+
+class Model(Protocol):
+    """What images are fitted to: an `arch.ModelConfig`, or another model's."""
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]: ...
 
 
 class ImageSet(Dataset[Tensor]):
@@ -198,7 +202,7 @@ def load(
     train: bool,
     *,
     augment: bool = False,
-    config: ModelConfig | None = None,
+    config: Model | None = None,
 ) -> ImageSet:
     """Open one half of a data set.
 

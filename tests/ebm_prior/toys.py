@@ -117,17 +117,20 @@ class EightModes:
         modes = torch.randint(8, (n,), generator=generator)
         return self.means[modes] + 0.3 * torch.randn(n, 4, generator=generator).double()
 
-    def oracle(self, schedule):
-        """F*(z, t) = log q_t(u) + |u|^2/2 + const, given to the bottom layer."""
+    def oracle(self, schedule, classes=1):
+        """F*[y](z, t) = log q_t(u, y) + |u|^2/2 + const, given to the bottom layer.
+
+        Mode m is of class m % classes: 4 are the corners, 1 is the log-sum-exp over all.
+        """
 
         def f(z, t):
             u = self.to_u(z)
             a = at(schedule.alpha_bar, t, u)
             v = 0.09 * a**2 + 1 - a**2
-            off = (u.unsqueeze(1) - a.unsqueeze(2) * self.means).square().sum(2)
-            log_q = torch.logsumexp(-off / (2 * v), dim=1) - 2 * v.squeeze(1).log()
-            total = log_q + 0.5 * u.square().sum(1)
-            return torch.stack([torch.zeros_like(total), total], dim=1)
+            off = (u.unsqueeze(1) - a.unsqueeze(2) * self.means).square().sum(2) / (2 * v)
+            log_q = torch.logsumexp(-off.unflatten(1, (-1, classes)), dim=1) - 2 * v.log()
+            total = log_q + 0.5 * u.square().sum(1, keepdim=True)
+            return torch.cat([torch.zeros_like(total[:, :1]), total], dim=1)
 
         return f
 

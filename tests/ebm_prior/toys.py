@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ebm_prior.backbones.base import Moments
 from ebm_prior.latents import Layout
 from ebm_prior.schedule import at
 
@@ -30,12 +31,21 @@ class LinearGaussian:
         inverse = torch.linalg.inv(torch.eye(dim, dtype=dtype) - coupling)
         self.M, self.m = inverse @ scale.diag(), inverse @ offset
         self.log_det = scale.log().sum()
+        self.coupling, self.offset, self.scale = coupling, offset, scale
 
     def to_z(self, u, temperature=1.0):
         return self.layout.split(temperature * u @ self.M.T + self.m)
 
     def to_u(self, z):
         return torch.linalg.solve(self.M, (self.layout.join(z) - self.m).T).T
+
+    def moments(self, z):
+        """The state before z_i is added is all of z above."""
+        flat = self.layout.join(z)
+        means = self.layout.split(flat @ self.coupling.T + self.offset)
+        stds = self.layout.split(self.scale.expand_as(flat))
+        above = [None, *(torch.cat(z[:i], dim=1) for i in range(1, len(z)))]
+        return [Moments(*parts) for parts in zip(means, stds, above, strict=True)]
 
     def infer(self, x, generator=None):
         return x
@@ -112,6 +122,11 @@ class EightModes:
     def to_u(self, z):
         top, low = z
         return self.layout.join([top, (low - 0.6 * top.flip(1)) / (0.5 + 0.5 * top.sigmoid())])
+
+    def moments(self, z):
+        top, _ = z
+        low = Moments(0.6 * top.flip(1), 0.5 + 0.5 * top.sigmoid(), top)
+        return [Moments(torch.zeros_like(top), torch.ones_like(top), None), low]
 
     def draw(self, n, generator):
         modes = torch.randint(8, (n,), generator=generator)

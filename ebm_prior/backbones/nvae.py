@@ -5,6 +5,7 @@ The contract's u-space (paper, Sec. 3.1): z_i = mu_i(z above) + temperature * si
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from ebm_prior.backbones.base import Moments
 from ebm_prior.fingerprint import fingerprint
 from ebm_prior.latents import Layout
+from nvae import checkpoint
 from nvae.arch import ModelConfig
 from nvae.distributions import Normal
 from nvae.model import AutoEncoder, Choose
@@ -167,6 +169,11 @@ class NVAEBackbone:
             return z[-1]
 
         return choose
+
+
+def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> NVAEBackbone:
+    """The frozen backbone of an NVAE checkpoint, on `device`."""
+    return NVAEBackbone(checkpoint.load(path, device=device))
 
 
 def bn_statistics(model: AutoEncoder) -> dict[str, Tensor]:

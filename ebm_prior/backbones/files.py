@@ -1,0 +1,42 @@
+"""A path in, a backbone out: an NVAE checkpoint or an HVAE's file, told by their content."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ebm_prior.backbones import hvae_file, nvae
+from ebm_prior.backbones.hvae import HVAEBackbone
+
+Opened = nvae.NVAEBackbone | HVAEBackbone
+
+
+def open_backbone(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> Opened:
+    """The frozen backbone of a file, on `device`.
+
+    Raises:
+        ValueError: a file of another kind, a damaged one, or none; what to give instead.
+    """
+    path = Path(path)
+    if path.is_file() and _is_safetensors(path):
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+        except SafetensorError:
+            metadata = {}  # `load` tells what is wrong
+        if "fingerprint" in metadata:
+            raise ValueError(
+                f"{path} is a prior, not a VAE; give it as --prior, and as --checkpoint the VAE"
+                " that it was trained on (an NVAE checkpoint.pt or an HVAE's .safetensors)"
+            )
+        return hvae_file.load(path, device)
+    return nvae.load(path, device)
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Whether the file begins as one: eight bytes of length, then JSON."""
+    with open(path, "rb") as file:
+        return file.read(9)[8:] == b"{"

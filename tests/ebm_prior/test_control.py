@@ -1,0 +1,193 @@
+"""Steering a prior with labels, composing attributes, and the command `control`."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from ebm_prior import control
+from ebm_prior.config import PriorConfig
+from ebm_prior.coupling import Attribute
+from ebm_prior.prior import EBMPrior
+from ebm_prior.schedule import Schedule
+from tests.ebm_prior.toys import EightModes, Energies, LinearGaussian
+
+SMALL = {
+    **{"network": "mlp", "width": 8, "spectral_norm": False, "num_steps": 4},
+    **{"energy_scale": "none", "step_rule": "plain", "b2": 0.1},
+}
+TOP, MIDDLE, LOW = (Attribute(name, 3, (i,)) for i, name in enumerate(("top", "middle", "low")))
+
+
+def steered(*attributes, seed=0, **changes):
+    """Random energies with large logits on the linear-Gaussian toy of layers 2, 2, 3."""
+    toy = LinearGaussian(seed=seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        config = PriorConfig(toy.layout.shapes, attributes=attributes, **(SMALL | changes))
+        prior = EBMPrior(toy, config).double()
+    for parameter in prior.energies.parameters():
+        parameter.data *= 2
+    return prior
+
+
+def generator_of(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+# --- label_steps
+
+
+def test_labels_begin_to_act_where_the_noise_leaves_the_class_open():
+    found = [control.label_steps_for(Schedule(n)) for n in range(1, 8)]
+    assert found == [1, 1, 1, 2, 2, 3, 3]
+
+
+@pytest.mark.parametrize("max_T", [4, 5, 6])
+def test_the_recommended_label_steps_suffice_for_the_oracle(max_T, generator):
+    toy, steps = EightModes(), control.label_steps_for(Schedule(max_T))
+    settings = SMALL | {"max_T": max_T, "num_steps": 30}
+    corner = (Attribute("corner", 4, (1,)),)
+    prior = EBMPrior(toy, PriorConfig(toy.layout.shapes, attributes=corner, **settings))
+    prior.energies = Energies(toy.oracle(prior.schedule, 4))
+    labels = torch.arange(4).repeat_interleave(250).unsqueeze(1)
+
+    def share(label_steps):
+        u = control.sample_classes(prior, labels, generator=generator, label_steps=label_steps)
+        nearest = torch.cdist(u, toy.means).argmin(1) % 4
+        return control.agreement(control.confusion(labels[:, 0], nearest, 4))
+
+    assert share(steps) > 0.99
+    assert share(None) < share(steps) - 0.001, "the configured 1 is too few"
+    assert prior.config.label_steps == 1, "as before"
+
+
+# --- labels
+
+
+def test_an_unspecified_attribute_and_a_neighbour_change_nothing(seed):
+    prior = steered(TOP, LOW, seed=seed)
+    free = prior.sample_u(3, generator=generator_of(seed))
+    labels = torch.tensor([[-1, -1], [2, -1], [-1, -1]])
+    asked = control.sample_classes(prior, labels, generator=generator_of(seed))
+    assert torch.equal(asked[[0, 2]], free[[0, 2]])
+    assert not torch.equal(asked[1], free[1])
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([[0, 3]], "class 3 of attribute 'low': expected 0 to 2"),
+        ([[0]], "expected \\(1, 2\\)"),
+    ],
+)
+def test_classes_that_do_not_exist_are_refused(labels, message):
+    with pytest.raises(ValueError, match=message):
+        control.sample_classes(steered(TOP, LOW), torch.tensor(labels), generator=generator_of(0))
+
+
+@pytest.mark.parametrize("label_steps", [0, 4])
+def test_label_steps_beyond_the_diffusion_are_refused(label_steps):
+    prior, labels = steered(TOP), torch.tensor([[0]])
+    with pytest.raises(ValueError, match="expected 1 to 3"):
+        control.sample_classes(prior, labels, generator=generator_of(0), label_steps=label_steps)
+
+
+# --- composition
+
+
+@pytest.mark.parametrize("label_steps", [1, 2, 3])
+def test_a_composition_holds_the_layers_above_bit_for_bit(label_steps, seed):
+    prior = steered(TOP, MIDDLE, LOW, seed=seed, label_steps=label_steps)
+    stages = control.compose(
+        prior, 5, [("top", 2), ("middle", 0), ("low", 1)], generator=generator_of(seed)
+    )
+    assert [stage.labels[0].tolist() for stage in stages] == [[2, -1, -1], [2, 0, -1], [2, 0, 1]]
+    assert [int(stage.held.sum()) for stage in stages] == [0, 2, 4]
+    for before, after in itertools.pairwise(stages):
+        assert torch.equal(before.u[:, after.held], after.u[:, after.held])
+        assert not (before.u[:, ~after.held] == after.u[:, ~after.held]).any()
+
+
+def test_the_stages_of_a_composition_are_those_of_the_paper_step_by_step(seed):
+    """With the noise written out: u_1 once; then free, then the top held at its values."""
+    prior = steered(TOP, LOW, seed=seed)
+    first, second = control.compose(
+        prior, 4, [("top", 1), ("low", 2)], generator=generator_of(seed), guidance=1.5
+    )
+    again = generator_of(seed)
+    u_1 = prior.sample_u(4, generator=again, stop=1)
+    noise = [torch.randn(4, 7, generator=again, dtype=torch.float64) for _ in range(4)]
+    free = prior.reverse(0, u_1, labels=torch.tensor([[1, -1]] * 4), guidance=1.5, noise=noise)
+    assert torch.equal(first.u, free)
+    top = prior.layout.mask([0])
+    held = prior.reverse(
+        0,
+        u_1,
+        init=torch.cat([free[:, :2], u_1[:, 2:]], dim=1),
+        mask=top,
+        labels=torch.tensor([[1, 2]] * 4),
+        guidance=1.5,
+        noise=noise,
+    )
+    assert torch.equal(second.u, held)
+
+
+def test_the_first_stage_is_sampling_with_that_label(seed):
+    prior = steered(TOP, LOW, seed=seed)
+    (stage,) = control.compose(prior, 4, [("top", 1)], generator=generator_of(seed))
+    labels = torch.tensor([[1, -1]] * 4)
+    assert torch.equal(
+        stage.u, control.sample_classes(prior, labels, generator=generator_of(seed))
+    )
+
+
+def test_stages_share_their_random_numbers(seed):
+    """What differs comes from the labels: without energies the stages are one chain."""
+    prior = steered(TOP, LOW, seed=seed)
+
+    def low(value):
+        stages = [("top", 0), ("low", value)]
+        return control.compose(prior, 4, stages, generator=generator_of(seed))
+
+    one, other = low(1), low(2)
+    assert torch.equal(one[0].u, other[0].u)
+    prior.energies = Energies(lambda z, t: torch.zeros(len(z[0]), 7).double())
+    first, second = low(1)
+    torch.testing.assert_close(first.u, second.u, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("stages", "message"),
+    [
+        ([("low", 0), ("top", 1)], "'low' before it fixes layers 0 to 2"),
+        ([("top", 0), ("top", 1)], "each once"),
+        ([("size", 0)], "'size': this prior knows top, low"),
+        ([("top", 7)], "class 7"),
+        ([("top", -1)], "class -1"),
+        ([], "nothing to compose"),
+    ],
+)
+def test_compositions_that_cannot_be_are_refused(stages, message):
+    prior = steered(TOP, LOW)
+    with pytest.raises(ValueError, match=message):
+        control.compose(prior, 2, stages, generator=generator_of(0))
+
+
+def test_a_prior_without_attributes_says_how_to_train_one():
+    with pytest.raises(ValueError, match="ebm_prior train --attribute"):
+        control.compose(steered(), 2, [("class", 0)], generator=generator_of(0))
+
+
+# --- measures
+
+
+def test_confusion_counts_rows_as_asked_and_survival_counts_those_that_were_there():
+    asked, found = torch.tensor([0, 0, 1, 1, 1]), torch.tensor([0, 1, 1, 1, 2])
+    counts = control.confusion(asked, found, 3)
+    assert counts.tolist() == [[1, 1, 0], [0, 2, 1], [0, 0, 0]]
+    assert control.agreement(counts) == pytest.approx(3 / 5)
+    assert control.survival(found, torch.tensor([1, 1, 1, 0, 1]), 1) == pytest.approx(2 / 3)
+    assert control.survival(found, found, 9) is None

@@ -1,0 +1,220 @@
+"""The job of `ebm_prior sample`: draw blocks of images, write them and the pictures of them."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from ebm_prior import checkpoint, parallel
+from ebm_prior.base import Prior
+from ebm_prior.commands.sample import Settings
+from ebm_prior.commands.sample.table import Blocks, Table
+from ebm_prior.config import PriorConfig
+from ebm_prior.seeds import seeded
+from nvae import images, runtime
+from nvae.digest import sha256
+from nvae.evaluation.job import provenance
+
+PROGRESSIVE, TEMPERATURES = 1, 2  # keys of the pictures' own random numbers
+COLUMNS = 8  # images in temperatures.png
+FREE = -1  # the label of an attribute that is not named
+
+
+def chosen_labels(given: Sequence[str], config: PriorConfig) -> list[int] | None:
+    """NAME=CLASS, or CLASS where there is one attribute, as a class number per attribute.
+
+    Raises:
+        ValueError: the prior knows no such attribute or class.
+    """
+    if not given:
+        return None
+    if not config.attributes:
+        raise ValueError(
+            f"--labels {given[0]}: this prior was trained without labels; train one with"
+            " --attribute"
+        )
+    known = {a.name: (column, a.classes) for column, a in enumerate(config.attributes)}
+    chosen = [FREE] * len(known)
+    for text in given:
+        name, equals, number = text.rpartition("=")
+        name = name if equals or len(known) > 1 else next(iter(known))
+        if name not in known:
+            raise ValueError(
+                f"--labels {text}: expected NAME=CLASS with NAME {' or '.join(known)}"
+            )
+        column, classes = known[name]
+        if not (number.isdecimal() and int(number) < classes):
+            raise ValueError(
+                f"--labels {text}: expected a class of {name} from 0 to {classes - 1}"
+            )
+        if chosen[column] != FREE:
+            raise ValueError(f"--labels names a class of {name} twice; give one")
+        chosen[column] = int(number)
+    return chosen
+
+
+@dataclass
+class Drawing:
+    """All images, in blocks dealt out to the processes; a block has random numbers of its own."""
+
+    settings: Settings
+    prior: Prior
+    labels: list[int] | None
+    here: runtime.Runtime
+
+    def all(self, image_shape: tuple[int, int, int]) -> None:
+        """Draw and write everything."""
+        settings, here, out = self.settings, self.here, Path(self.settings.out)
+        started = time.perf_counter()
+        out.mkdir(parents=True, exist_ok=True)
+        total, size = settings.num_samples, settings.batch_size
+        blocks = Blocks(out, -(-total // size), self.identity(), here, settings.resume == "auto")
+        shape = (total, *image_shape)
+        table = None
+        if settings.format != "png":
+            table = Table(out, shape, here, keep=blocks.going_on)
+        shown: dict[int, Tensor] = {}
+        firsts = range(0, total, size)[here.rank :: here.world_size]
+        for first in tqdm(firsts, "blocks", disable=not here.is_main):
+            if blocks.done[first // size] and not self.in_a_picture(first):
+                continue
+            batch = self.draw(first, min(size, total - first))
+            self.write(first, batch, table)
+            blocks.finish(first // size)
+            if first < settings.grid:
+                shown[first] = batch
+        everywhere = {
+            first: batch for part in parallel.collect(shown) for first, batch in part.items()
+        }
+        if not here.is_main:
+            return
+        if table is not None:
+            table.pack()
+        if everywhere:
+            self.grid(torch.cat([everywhere[first] for first in sorted(everywhere)]))
+        with runtime.written_whole(out / "args.json") as temporary:
+            temporary.write_text(json.dumps(self.protocol(), indent=2) + "\n", encoding="utf-8")
+        blocks.forget()
+        print(f"{total} images in {out}, {time.perf_counter() - started:.1f} s")
+
+    def in_a_picture(self, first: int) -> bool:
+        """Whether a block is needed beyond its files: then a resumed run draws it again."""
+        pictures = self.settings.progressive or bool(self.settings.temperatures)
+        return first < self.settings.grid or (pictures and first == 0)
+
+    def draw(self, first: int, count: int) -> Tensor:
+        """The block that starts at image `first`, (count, C, H, W) on the CPU.
+
+        Raises:
+            ValueError: NaN or infinite values.
+        """
+        settings, device = self.settings, self.prior.device
+        generator = seeded(device, settings.seed, first)
+        further: dict[str, Any] = {}
+        if self.labels is not None:
+            labels = torch.tensor(self.labels, device=device).expand(count, -1)
+            further = {"labels": labels, "guidance": settings.guidance}
+        states: dict[int, Tensor] = {}  # u_N .. u_0
+        u = self.prior.sample_u(count, generator=generator, callback=states.__setitem__, **further)
+        batch = self.prior.backbone.decode(u, settings.temperature, generator).float().cpu()
+        if not batch.isfinite().all():
+            raise ValueError(
+                f"images {first} to {first + count - 1} hold NaN or infinite values; check"
+                " checkpoint and prior with `ebm_prior doctor`, or try a temperature nearer to 1"
+            )
+        if settings.progressive and first == 0:
+            self.progressive(states)
+        if settings.temperatures and first == 0:
+            self.temperatures(u[:COLUMNS])
+        return batch
+
+    def write(self, first: int, batch: Tensor, table: Table | None) -> None:
+        if table is not None:
+            table.write(first, batch)
+        if self.settings.format != "npz":
+            for index, image in enumerate(batch, start=first):
+                images.save_png(self.settings.png(index), image)
+
+    # --- pictures
+
+    def grid(self, batch: Tensor) -> None:
+        """`grid.png`: the first images."""
+        settings = self.settings
+        caption = f"{self.name}, temperature {settings.temperature:g}, seed {settings.seed}"
+        images.save_grid(Path(settings.out) / "grid.png", batch[: settings.grid], caption=caption)
+
+    def progressive(self, states: dict[int, Tensor]) -> None:
+        """`progressive.png`: a row per image, a column per diffusion state, the noise first."""
+        if len(states) < 2:
+            kind = self.prior.config.kind
+            print(
+                f"note: a prior of kind {kind} draws u in one step: no progressive.png",
+                file=sys.stderr,
+            )
+            return
+        settings = self.settings
+        generator = seeded(self.prior.device, settings.seed, 0, PROGRESSIVE)
+        decode = self.prior.backbone.decode
+        decoded = [decode(u, settings.temperature, generator).cpu() for u in states.values()]
+        images.save_grid(
+            Path(settings.out) / "progressive.png",
+            torch.stack(decoded, dim=1).flatten(0, 1),
+            columns=len(states),
+            column_labels=[f"u_{k}" for k in states],
+            caption=f"From the Gaussian prior's noise to the {self.name}'s u_0",
+        )
+
+    def temperatures(self, u: Tensor) -> None:
+        """`temperatures.png`: a row per temperature, a column per image, always the same u_0.
+
+        The decoder's noise is that of the column as well.
+        """
+        settings, device = self.settings, self.prior.device
+        rows = [
+            self.prior.backbone.decode(
+                u, temperature, seeded(device, settings.seed, 0, TEMPERATURES)
+            ).cpu()
+            for temperature in settings.temperatures
+        ]
+        images.save_grid(
+            Path(settings.out) / "temperatures.png",
+            torch.cat(rows),
+            columns=len(u),
+            row_labels=[f"{temperature:g}" for temperature in settings.temperatures],
+            caption=f"{self.name}: one u_0 per column, decoded at the temperature of the row",
+        )
+
+    # --- reports
+
+    @property
+    def name(self) -> str:
+        kind = self.prior.config.kind
+        name = "EBM prior" if kind == "diffusion" else f"{kind} prior"
+        return f"{name}, {' '.join(self.settings.labels)}" if self.settings.labels else name
+
+    def identity(self) -> dict[str, Any]:
+        """What a run must share with the one it goes on with."""
+        free = {"device", "resume", "out", "checkpoint", "prior"}
+        same = {name: value for name, value in asdict(self.settings).items() if name not in free}
+        return {**same, "prior_sha256": sha256(self.settings.prior)}
+
+    def protocol(self) -> dict[str, Any]:
+        """What the images were made of and with."""
+        file = checkpoint.read(self.settings.prior)
+        return {
+            **asdict(self.settings),
+            "backbone": file.fingerprint,
+            "prior_step": file.step,
+            "config": file.config.to_dict(),
+            "bn_statistics": "the prior's" if file.bn_statistics else "the checkpoint's",
+            **provenance(),
+        }

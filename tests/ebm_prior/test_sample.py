@@ -1,0 +1,201 @@
+"""`ebm_prior sample` beyond plain images: temperatures, labels, going on after a kill."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ebm_prior import checkpoint
+from ebm_prior.backbones.nvae import NVAEBackbone
+from ebm_prior.commands import main
+from ebm_prior.commands.sample.drawing import chosen_labels
+from ebm_prior.commands.sample.table import Blocks
+from ebm_prior.config import PriorConfig
+from ebm_prior.coupling import Attribute
+from ebm_prior.prior import EBMPrior
+from nvae.runtime import Runtime
+from tests.ebm_prior import small_vaes
+
+SEVEN = ["--num_samples", "7", "--batch_size", "2", "--grid", "0"]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """A VAE's checkpoint, a prior, and one with labels at its top layer."""
+    folder, vae = tmp_path_factory.mktemp("files"), small_vaes.vae()
+    backbone = NVAEBackbone(vae)
+    checkpoint.save(folder / "plain", small_vaes.prior(backbone))
+    labelled = small_vaes.prior(backbone, attributes=(Attribute("class", 3, (0,)),))
+    with torch.no_grad():
+        for parameter in labelled.energies.parameters():
+            parameter.mul_(3)
+    checkpoint.save(folder / "labelled", labelled)
+    return small_vaes.written(folder / "checkpoint.pt", vae), folder
+
+
+@pytest.fixture
+def sample(files):
+    vae, folder = files
+
+    def run(out, *flags, prior="plain"):
+        paths = ["--checkpoint", vae, "--prior", folder / prior, "--out", out]
+        return main(["sample", *map(str, paths), "--device", "cpu", *flags])
+
+    return run
+
+
+def images(out):
+    return np.load(out / "samples.npz")["samples"]
+
+
+def test_temperatures_are_one_picture_and_change_no_image(sample, tmp_path):
+    flags = ["--num_samples", "3", "--format", "npz", "--grid", "0"]
+    assert sample(tmp_path / "plain", *flags) == 0
+    assert sample(tmp_path / "grid", *flags, "--temperatures", "0.4", "1", "--progressive") == 0
+    np.testing.assert_array_equal(images(tmp_path / "plain"), images(tmp_path / "grid"))
+    names = {path.name for path in (tmp_path / "grid").iterdir()}
+    assert names == {"samples.npz", "temperatures.png", "progressive.png", "args.json"}
+
+
+def test_a_picture_of_temperatures_has_one_latent_per_column(sample, tmp_path, monkeypatch):
+    seen = []
+    decode = NVAEBackbone.decode
+
+    def noted(self, u, temperature=1.0, generator=None):
+        seen.append((u.clone(), temperature, generator.initial_seed()))
+        return decode(self, u, temperature, generator)
+
+    monkeypatch.setattr(NVAEBackbone, "decode", noted)
+    assert sample(tmp_path, "--num_samples", "3", "--temperatures", "0.4", "0.7", "1") == 0
+    (u, *_), *rows = seen
+    assert [temperature for _, temperature, _ in rows] == [0.4, 0.7, 1.0]
+    assert all(torch.equal(row, u) for row, _, _ in rows)
+    assert len({key for _, _, key in rows}) == 1
+    with Image.open(tmp_path / "temperatures.png") as picture:
+        assert picture.width > picture.height // 2
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--temperatures", "0.5", "0"], "--temperatures 0.0: expected a positive number"),
+        (["--guidance", "nan"], "--guidance nan: expected a finite number"),
+        (["--labels", "3"], "this prior was trained without labels"),
+    ],
+)
+def test_what_cannot_be_drawn_is_one_line(sample, tmp_path, capsys, flags, message):
+    assert sample(tmp_path / "out", *flags) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+# --- labels
+
+SHAPES = ((2, 4, 4), (2, 4, 4))
+BOTH = (Attribute("class", 10, (0,)), Attribute("loop", 2, (1,)))
+
+
+def test_labels_become_a_number_per_attribute():
+    one = PriorConfig(SHAPES, attributes=BOTH[:1])
+    both = PriorConfig(SHAPES, attributes=BOTH)
+    assert chosen_labels([], both) is None
+    assert chosen_labels(["7"], one) == chosen_labels(["class=7"], one) == [7]
+    assert chosen_labels(["loop=1"], both) == [-1, 1]
+    assert chosen_labels(["loop=1", "class=0"], both) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["colour=1"], "expected NAME=CLASS with NAME class or loop"),
+        (["1"], "expected NAME=CLASS with NAME class or loop"),
+        (["loop=2"], "expected a class of loop from 0 to 1"),
+        (["loop=yes"], "expected a class of loop from 0 to 1"),
+        (["loop=1", "loop=0"], "names a class of loop twice"),
+    ],
+)
+def test_labels_that_the_prior_does_not_know_are_refused(given, message):
+    with pytest.raises(ValueError, match=message):
+        chosen_labels(given, PriorConfig(SHAPES, attributes=BOTH))
+
+
+def test_classes_and_guidance_reach_the_chain(sample, tmp_path):
+    def drawn(name, *flags):
+        flags = ["--num_samples", "4", "--format", "npz", *flags]
+        assert sample(tmp_path / name, *flags, prior="labelled") == 0
+        return images(tmp_path / name)
+
+    free, zero, one = drawn("free"), drawn("0", "--labels", "0"), drawn("1", "--labels", "class=1")
+    assert not np.array_equal(zero, one)
+    assert not np.array_equal(zero, free)
+    np.testing.assert_array_equal(drawn("g0", "--labels", "0", "--guidance", "0"), free)
+
+
+# --- going on
+
+
+def killed_after(monkeypatch, blocks):
+    """The chains of further blocks end the process; returns the number of chains so far."""
+    calls, sample_u = [], EBMPrior.sample_u
+
+    def counted(self, *args, **further):
+        calls.append(args)
+        if len(calls) > blocks:
+            raise KeyboardInterrupt
+        return sample_u(self, *args, **further)
+
+    monkeypatch.setattr(EBMPrior, "sample_u", counted)
+    return calls
+
+
+@pytest.mark.parametrize("form", ["npz", "both", "png"])
+def test_a_killed_run_goes_on_with_the_missing_blocks(sample, tmp_path, monkeypatch, form):
+    flags = [*SEVEN, "--format", form]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert sample(whole, *flags) == 0
+    with monkeypatch.context() as patch:
+        killed_after(patch, 2)
+        assert sample(parts, *flags) == 130
+    with monkeypatch.context() as patch:
+        calls = killed_after(patch, 99)
+        assert sample(parts, *flags, "--resume", "auto") == 0
+    assert len(calls) == 2, "of four blocks two were there"
+    if form != "png":
+        np.testing.assert_array_equal(images(parts), images(whole))
+    for path in (whole / "png").glob("*.png"):
+        assert (parts / "png" / path.name).read_bytes() == path.read_bytes()
+    assert {p.name for p in parts.iterdir()} == {p.name for p in whole.iterdir()}
+
+
+def test_blocks_that_a_picture_shows_are_drawn_again(sample, tmp_path, monkeypatch):
+    flags = [*SEVEN[:4], "--grid", "4", "--temperatures", "1"]
+    assert sample(tmp_path / "whole", *flags) == 0
+    with monkeypatch.context() as patch:
+        killed_after(patch, 3)
+        assert sample(tmp_path / "parts", *flags) == 130
+    assert sample(tmp_path / "parts", *flags, "--resume", "auto") == 0
+    for name in ("grid.png", "temperatures.png"):
+        one, two = ((tmp_path / run / name).read_bytes() for run in ("whole", "parts"))
+        assert one == two
+
+
+def test_going_on_needs_the_same_settings(sample, tmp_path, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        killed_after(patch, 2)
+        assert sample(tmp_path, *SEVEN) == 130
+    assert sample(tmp_path, *SEVEN, "--resume", "auto", "--seed", "1") == 2
+    assert "holds part of a run with seed 0 (now 1)" in capsys.readouterr().err
+    assert sample(tmp_path, *SEVEN, "--seed", "1") == 0
+    assert json.loads((tmp_path / "args.json").read_text())["seed"] == 1
+
+
+def test_without_a_killed_run_there_is_nothing_to_go_on_with(sample, tmp_path):
+    assert sample(tmp_path, *SEVEN, "--resume", "auto") == 0
+    assert len(images(tmp_path)) == 7
+    blocks = Blocks(tmp_path, 4, {}, Runtime(torch.device("cpu")), resume=True)
+    assert not blocks.going_on
+    assert not blocks.done.any()

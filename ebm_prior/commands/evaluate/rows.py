@@ -1,0 +1,170 @@
+"""The rows of the report: what each one draws."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ebm_prior.base import Prior
+from ebm_prior.commands.evaluate import LARGEST_FIT
+from ebm_prior.commands.shared.samples import Draw
+from ebm_prior.commands.shared.session import Job
+from ebm_prior.config import PriorConfig
+from ebm_prior.fitted import FittedPrior
+from ebm_prior.seeds import seeded
+from nvae.digest import sha256
+
+MOST_SAMPLES = 50_000
+FIT_DRAWS = 4  # posterior draws per image for the fitted Gaussian, where images are few
+FEW = 10_000
+RANK = 512  # of the covariance, where latents are too many for a full one
+
+# Kind of prior -> name and label of its row.
+KINDS = {
+    "diffusion": ("ebm", "EBM prior"),
+    "joint": ("joint", "joint EBM prior"),
+    "ncp": ("ncp", "NCP prior"),
+    "fitted": ("fitted", "fitted Gaussian"),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """A set of images to draw.
+
+    Attributes:
+        key: of the random numbers: rows of one kind share their noise.
+        facts: what defines the row, for the report.
+        most: images there are; None: as many as wanted.
+        prepare: called by all processes before the first draw.
+    """
+
+    name: str
+    label: str
+    draw: Draw
+    backbone: Any
+    key: str
+    prior: Prior | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    most: int | None = None
+    prepare: Callable[[], None] | None = None
+
+
+def all_rows(job: Job, images: Tensor | None) -> list[Row]:
+    """Gaussian, controls, the priors given, reconstructions; everything is opened and checked.
+
+    Rows without a prior of their own use the BatchNorm statistics of the first prior.
+
+    Args:
+        images: training images, for reconstructions and the fitted Gaussian.
+    """
+    args = job.args
+    priors = [job.open_prior(path) for path in args.prior]
+    first = priors[0] if priors else None
+    backbone = first.backbone if first else job.backbone
+    dim, device = backbone.layout.dim, job.here.device
+
+    def gaussian(first: int, count: int, generator: torch.Generator) -> Tensor:
+        return torch.randn(count, dim, generator=generator, device=device)
+
+    rows = [Row("gaussian", "Gaussian prior", gaussian, backbone, "gaussian")]
+    if args.controls is not False:
+        rows += _chains(priors)
+        given = any(prior.config.kind == "fitted" for prior in priors)
+        if images is not None and not given and (args.controls or _fits(images, dim)):
+            rows.append(_fitted(replace(job, prior=first), images))
+    for path, prior in zip(args.prior, priors, strict=True):
+        name, label = KINDS[prior.config.kind]
+        facts = {"prior": str(path), "sha256": sha256(path), "config": prior.config.to_dict()}
+        rows.append(Row(name, label, _from(prior), prior.backbone, name, prior, facts))
+    if args.reconstruction and images is not None:
+        rows.append(_reconstructions(images, device, backbone))
+    return _told_apart(rows)
+
+
+def _from(prior: Prior, **drawing: Any) -> Draw:
+    def draw(first: int, count: int, generator: torch.Generator) -> Tensor:
+        return prior.sample_u(count, generator=generator, **drawing)
+
+    return draw
+
+
+def _chains(priors: Sequence[Prior]) -> list[Row]:
+    """The chain of every diffusion prior with f = 0; chains of equal settings are one row."""
+    rows: dict[str, Row] = {}
+    for prior in priors:
+        if prior.config.kind != "diffusion":
+            continue
+        names = ("max_T", "num_steps", "b2", "step_rule", "last_step_kernel")
+        facts = {name: getattr(prior.config, name) for name in names}
+        draw = _from(prior, zero_energy=True)
+        row = Row(
+            *("no_model_chain", "chain, f = 0", draw, prior.backbone, "no_model_chain"),
+            facts=facts,
+        )
+        rows.setdefault(json.dumps(facts), row)
+    return list(rows.values())
+
+
+def _repeats(images: Tensor) -> int:
+    return FIT_DRAWS if len(images) <= FEW else 1
+
+
+def _fits(images: Tensor, dim: int) -> bool:
+    """Whether a full covariance is soon had."""
+    return dim <= LARGEST_FIT and _repeats(images) * len(images) > dim
+
+
+def _fitted(job: Job, images: Tensor) -> Row:
+    """The Gaussian fitted on the spot: the cheapest prior that knows the aggregate posterior."""
+    backbone = job.backbone_in_use
+    draws = images.repeat(_repeats(images), 1, 1, 1)[:MOST_SAMPLES]
+    rank = 0 if backbone.layout.dim <= LARGEST_FIT else RANK
+    config = PriorConfig(shapes=backbone.layout.shapes, kind="fitted", rank=rank)
+    found: list[Prior] = []
+
+    def fit() -> None:
+        u = job.infer(draws, "fit").to(job.here.device)
+        found[:] = [FittedPrior.fit(backbone, config, u)]
+
+    def draw(first: int, count: int, generator: torch.Generator) -> Tensor:
+        return found[0].sample_u(count, generator=generator)
+
+    facts = {
+        "covariance_rank": rank or "full",
+        "posterior_draws": len(draws),
+        "seed_of_fit": job.seed,
+    }
+    return Row("fitted", "fitted Gaussian", draw, backbone, "fitted", facts=facts, prepare=fit)
+
+
+def _reconstructions(images: Tensor, device: torch.device, backbone: Any) -> Row:
+    order = torch.randperm(len(images), generator=seeded("cpu", len(images)))
+
+    def draw(first: int, count: int, generator: torch.Generator) -> Tensor:
+        x = images[order[first : first + count]].to(device)
+        return backbone.infer(x, generator)
+
+    facts = {"reconstructed": "training images, one posterior draw each"}
+    return Row(
+        *("reconstruction", "reconstructions", draw, backbone, "reconstruction"),
+        facts=facts,
+        most=len(images),
+    )
+
+
+def _told_apart(rows: Sequence[Row]) -> list[Row]:
+    """The second row of a name becomes name_2."""
+    seen: dict[str, int] = {}
+    result = []
+    for row in rows:
+        number = seen[row.name] = seen.get(row.name, 0) + 1
+        if number > 1:
+            row = replace(row, name=f"{row.name}_{number}", label=f"{row.label} {number}")
+        result.append(row)
+    return result

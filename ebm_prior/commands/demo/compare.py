@@ -11,8 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 import ebm_prior
@@ -26,11 +24,10 @@ from ebm_prior.commands.shared.measure import (
     ClassifierRuler,
     PixelComponents,
 )
+from ebm_prior.commands.shared.panels import save_panels
 from ebm_prior.files import written_whole
 from ebm_prior.prior import EBMPrior
-from nvae import checkpoint, data, images
-
-ROWS, COLUMNS = 6, 10  # of each kind in the picture
+from nvae import checkpoint, data
 
 
 def run(settings: Settings, backbone_kl1: Path) -> None:
@@ -112,19 +109,11 @@ def save_picture(
     path: Path, real: Tensor, samples: dict[str, Tensor], row: dict[str, Any]
 ) -> None:
     """A panel of every kind, two beside each other; the first images, none picked by hand."""
-    panels = []
+    panels = {}
     for kind, x in {**samples, "real": real}.items():
         value = f", FD {row['frechet'][kind]:.1f}" if kind in samples else ""
-        # 8x8 pixels: enlarged smoothly, or the eye sees squares before it sees digits.
-        large = F.interpolate(x[: ROWS * COLUMNS], scale_factor=5, mode="bicubic").clamp(0, 1)
-        caption = KINDS.get(kind, "real digits, held out") + value
-        panels.append(images.grid(large, COLUMNS, caption=caption, scale=1))
-    width, height = panels[0].size
-    canvas = Image.new("RGB", (2 * width, -(-len(panels) // 2) * height), "white")
-    for i, panel in enumerate(panels):
-        canvas.paste(panel, (i % 2 * width, i // 2 * height))
-    with written_whole(path) as temporary:
-        canvas.save(temporary, format="PNG")
+        panels[KINDS.get(kind, "real digits, held out") + value] = x
+    save_panels(path, panels)
 
 
 def told(report: dict[str, Any]) -> str:

@@ -139,7 +139,7 @@ def summary(row: Row, seeds: list[int], runs: list[Sampled]) -> dict[str, Any]:
             for name in numbers_alone
         }
         result["per_seed"] = [{"seed": s, **n} for s, n in zip(seeds, every, strict=True)]
-    return {**result, **row.facts}
+    return {**result, "made_of": row.facts}
 
 
 def _with_range(row: dict[str, Any], name: str) -> tuple[float, float, float]:
@@ -182,7 +182,7 @@ def told(rows: list[Row], found: dict[str, dict[str, Any]], ruler: Ruler) -> str
     for row in rows:
         sizes = found[row.name].get("effective_sample_size")
         if sizes:
-            of = found[row.name]["config"]["proposals"]
+            of = found[row.name]["made_of"]["config"]["proposals"]
             each = ", ".join(f"{size:.1f}" for size in sizes) + " (layers from the top)"
             table.append(f"{row.label}: effective sample size of {of} proposals: {each}")
     return "\n".join(table)

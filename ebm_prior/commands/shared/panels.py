@@ -25,12 +25,12 @@ def save_panels(
     """Write caption -> images (N, C, H, W) as one PNG; of each the first, none picked by hand."""
     grids = []
     for caption, x in panels.items():
-        scale = None
+        x, scale = x[: rows * columns], None
         if max(x.shape[-2:]) <= TINY:
             # So few pixels are enlarged smoothly, or the eye sees squares before it sees digits.
             x = F.interpolate(x, scale_factor=ENLARGED, mode="bicubic").clamp(0, 1)
             scale = 1
-        grids.append(images.grid(x[: rows * columns], columns, caption=caption, scale=scale))
+        grids.append(images.grid(x, columns, caption=caption, scale=scale))
     width, height = (max(grid.size[i] for grid in grids) for i in (0, 1))
     canvas = Image.new("RGB", (2 * width, -(-len(grids) // 2) * height), "white")
     for i, grid in enumerate(grids):

@@ -21,6 +21,15 @@ _PUBLISHED: dict[str, Any] = {
     "energy_scale": "step",
     "step_rule": "cumulative",
     "last_step_kernel": False,
+    "label_steps": 1,  # this and the next two: of priors with attributes
+    "per_layer_classes": False,
+    "label_weight": 1.0,
+    "sampler": "",  # of joint and ncp; empty: the first of `config.SAMPLERS`
+    "joint_logdet": "exact",
+    "context": True,  # this and the next: of ncp
+    "proposals": 256,
+    "rank": 0,  # this and the next: of fitted
+    "draws": 4,
     "batch_size": 25,  # per process; published on 2 GPUs
     "lr": 4e-5,
     "beta1": 0.99,
@@ -44,8 +53,34 @@ _SIXTY_FOUR: dict[str, Any] = {
     "epochs": 100,
 }
 
+# What the kinds of prior change in every row (contract, baselines.md).
+_KINDS: dict[str, dict[str, Any]] = {
+    "diffusion": {},
+    "joint": {  # as the predecessor was released: b2 is its step size
+        "max_T": 1,
+        "num_steps": 10,
+        "b2": 1e-5,
+        "energy_scale": "none",
+        "step_rule": "plain",
+        "lr": 2e-5,
+        "epochs": None,
+        "iterations": 6500,
+    },
+    "ncp": {
+        "max_T": 1,
+        "spectral_norm": False,
+        "lr": 1e-3,
+        "beta1": 0.9,
+        "weight_decay": 0.0,
+        "lr_schedule": "cosine",
+        "lr_decay": 0.01,
+        "epochs": 100,
+    },
+    "fitted": {"bn_readjust": False},
+}
+
 #: `data` is the data set the row is for, `source` where its settings come from, `paper` what the
-#: paper reports for it, `settings` the values.
+#: paper reports for it, `settings` the values, `kinds` what other kinds of prior change in them.
 PRESETS: dict[str, dict[str, Any]] = {
     "cifar10": {
         "data": "cifar10",
@@ -106,6 +141,11 @@ PRESETS: dict[str, dict[str, Any]] = {
             "squared_penalty": 0.003,  # keeps f from growing without bound; learns faster too
             "bn_readjust": False,
         },
+        "kinds": {
+            "joint": {"max_T": 1, "num_steps": 20, "b2": 0.3, "iterations": 500},
+            "ncp": {"max_T": 1, "squared_penalty": 0.0, "iterations": 1000},
+            "fitted": {},
+        },
     },
 }
 
@@ -121,18 +161,27 @@ PRIOR_SETTINGS = (
     "energy_scale",
     "step_rule",
     "last_step_kernel",
+    "label_steps",
+    "per_layer_classes",
+    "sampler",
+    "joint_logdet",
+    "proposals",
+    "rank",
 )
 
 
-def resolved(preset: str, given: Mapping[str, Any]) -> dict[str, Any]:
+def resolved(preset: str, given: Mapping[str, Any], kind: str = "diffusion") -> dict[str, Any]:
     """The preset's settings with those in `given` in their place; None means not given.
+
+    Another kind of prior changes some: `kinds` of the preset says which, or else `_KINDS`.
 
     The length of a run is one choice: `iterations` replaces the preset's `epochs` and the other
     way round.
     """
     if preset not in PRESETS:
         raise ValueError(f"preset {preset!r}: expected one of {', '.join(PRESETS)}")
-    settings = dict(PRESETS[preset]["settings"])
+    row = PRESETS[preset]
+    settings = row["settings"] | row.get("kinds", _KINDS).get(kind, {})
     chosen = {name: value for name, value in given.items() if value is not None}
     unknown = sorted(chosen.keys() - settings.keys())
     if unknown:

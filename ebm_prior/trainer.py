@@ -6,7 +6,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -19,10 +19,11 @@ from ebm_prior import checkpoint, parallel
 from ebm_prior.base import Prior
 from ebm_prior.files import written_whole
 from ebm_prior.fingerprint import backbone_fingerprint
+from ebm_prior.langevin import standard_normal
 from ebm_prior.seeds import seeded
 from ebm_prior.training import apex, run_state
 from ebm_prior.training.ema import Average
-from ebm_prior.training.guard import Guard, Limits, Measured
+from ebm_prior.training.guard import MEMORY, Guard, Limits, Measured
 from ebm_prior.training.interrupt import Interrupt
 from ebm_prior.training.run_log import RunLog
 from ebm_prior.training.settings import TrainSettings
@@ -40,8 +41,8 @@ class Source(Protocol):
         """Batches per epoch."""
         ...
 
-    def epoch(self, number: int, start: int = 0) -> Iterator[Tensor]:
-        """The batches (B, C, H, W) of an epoch from batch `start` on."""
+    def epoch(self, number: int, start: int = 0) -> Iterator[Tensor | Sequence[Tensor]]:
+        """The batches of an epoch from batch `start` on: (B, C, H, W), or that and labels."""
         ...
 
 
@@ -57,6 +58,7 @@ class Summary:
     data_std: float
     halvings: int
     signal: int  # number of the signal that stopped it, 0 if it is done
+    accuracy: float | None = None  # of the labels at t = 0, where there are any
 
     @property
     def done(self) -> bool:
@@ -122,6 +124,7 @@ class Trainer:
         self.guard = Guard(Limits(difference, settings.guard_u_std))
         self.step = self.good_step = 0
         self.seconds, self.lr_factor = 0.0, 1.0
+        self.accuracy: float | None = None  # of the labels at t = 0, a running mean
         self.good = self._learned()
         self.block = 1  # samples drawn at once for a picture: as many as fit in training
 
@@ -162,21 +165,24 @@ class Trainer:
         try:
             with Interrupt() as interrupt:
                 while self.step < steps and not stopped_by:
-                    for x in self.data.epoch(*divmod(self.step, len(self.data))):
-                        stopped_by = self._iterate(x, log, interrupt)
+                    for batch in self.data.epoch(*divmod(self.step, len(self.data))):
+                        x, labels = (batch, None) if isinstance(batch, Tensor) else batch
+                        stopped_by = self._iterate(x, labels, log, interrupt)
                         if stopped_by or self.step >= steps:
                             break
         finally:
             log.close()
         guard = self.guard
         watched = guard.difference, guard.u_std, guard.data_std, guard.halvings
-        return Summary(self.step, steps, self.seconds, *watched, signal=stopped_by)
+        return Summary(
+            self.step, steps, self.seconds, *watched, signal=stopped_by, accuracy=self.accuracy
+        )
 
-    def _iterate(self, x: Tensor, log: RunLog, interrupt: Interrupt) -> int:
+    def _iterate(self, x: Tensor, labels: Tensor | None, log: RunLog, interrupt: Interrupt) -> int:
         """One step and what is due after it; returns the signal that asks to stop, or 0."""
         started = time.perf_counter()
         settings = self.settings
-        measured, asked = self._train_step(x, interrupt.number)
+        measured, asked = self._train_step(x, labels, interrupt.number)
         reason = self.guard.judge(measured)
         if reason is None:
             self.optimizer.step()
@@ -187,10 +193,12 @@ class Trainer:
         step, last = self.step, self.step >= settings.iterations
         if step % settings.log_every == 0 or step == 1 or last:
             lr = self.optimizer.param_groups[0]["lr"]
-            log.scalars(step, {**asdict(measured), "lr": lr, "seconds": self.seconds})
-        log.advance(
-            {"difference": f"{self.guard.difference:+.3f}", "u_std": f"{self.guard.u_std:.3f}"}
-        )
+            learned = {} if self.accuracy is None else {"accuracy": self.accuracy}
+            log.scalars(step, {**asdict(measured), **learned, "lr": lr, "seconds": self.seconds})
+        shown = {"difference": f"{self.guard.difference:+.3f}", "u_std": f"{self.guard.u_std:.3f}"}
+        if self.accuracy is not None:
+            shown["accuracy"] = f"{self.accuracy:.2f}"
+        log.advance(shown)
         if reason is not None:
             self._go_back(reason, log)
         elif step % settings.guard_every == 0 and self.guard.well:
@@ -203,14 +211,21 @@ class Trainer:
 
     # --- one step -------------------------------------------------------------------------
 
-    def _train_step(self, x: Tensor, asked: int) -> tuple[Measured, int]:
+    def _train_step(self, x: Tensor, labels: Tensor | None, asked: int) -> tuple[Measured, int]:
         """Gradients of one step, the same on all processes, and what all of them measured."""
         self.block = len(x)
         for group in self.optimizer.param_groups:
             group["lr"] = self._lr
         u = self.prior.backbone.infer(x.to(self.device, non_blocking=True), self.generator)
+        supervised: dict[str, Any] = {}
+        if labels is not None:
+            labels = labels.to(self.device, non_blocking=True)
+            supervised = {"labels": labels, "label_weight": self.settings.label_weight}
         loss, info = self.prior.loss(
-            u, generator=self.generator, squared_penalty=self.settings.squared_penalty
+            u,
+            generator=self.generator,
+            squared_penalty=self.settings.squared_penalty,
+            **supervised,
         )
         self.optimizer.zero_grad()
         loss.backward()
@@ -223,14 +238,20 @@ class Trainer:
         lost = ~u.isfinite().all()
         means = (loss.detach(), info.difference, info.u_std, u.std(), gradient)
         # One message carries all that the processes must agree on: divergence, and stopping.
-        numbers = torch.stack([value.float() for value in (*means, worst, signal, lost)])
+        numbers = torch.stack(
+            [value.float() for value in (*means, worst, signal, lost, *info.classified)]
+        )
         every = parallel.gather(numbers)
-        worst_layer, asked, lost_somewhere = every[:, len(means) :].amax(0).tolist()
+        worst_layer, asked, lost_somewhere = every[:, len(means) : -2].amax(0).tolist()
         if lost_somewhere:
             raise ValueError(
                 f"step {self.step + 1}: the backbone's posterior holds NaN or infinite values;"
                 " check the checkpoint with `ebm_prior doctor`, or try --bn_readjust"
             )
+        correct, labelled = every[:, -2:].sum(0).tolist()
+        if labelled:
+            before = correct / labelled if self.accuracy is None else self.accuracy
+            self.accuracy = before + (correct / labelled - before) / MEMORY
         loss_mean, difference, u_std, data_std, norm = every[:, : len(means)].mean(0).tolist()
         measured = Measured(loss_mean, difference, u_std, data_std, norm, worst_layer)
         return measured, int(asked)
@@ -341,14 +362,19 @@ class Trainer:
         if not (grids / "gaussian.png").exists():
             picture = self.show(grids / "gaussian.png", gaussian, "Gaussian prior")
             log.picture(0, "gaussian", picture)
-        caption = f"EBM prior, step {self.step}"
+        kind = self.prior.config.kind
+        caption = f"{'EBM' if kind == 'diffusion' else kind} prior, step {self.step}"
         path = grids / f"step_{self.step:07}.png"
         log.picture(self.step, "samples", self.show(path, samples, caption))
 
     def _samples(self, key: int, count: int) -> tuple[Tensor, Tensor]:
-        """Images from the Gaussian prior and from the EBM that starts at the same noise."""
+        """Images from the Gaussian prior and from this one, whose chain starts at the same noise.
+
+        A kind without states on the way gives no noise to start at: any will do.
+        """
         generator = seeded(self.device, self.settings.seed, GRID_KEY, key)
         chain: list[Tensor] = []
         u = self.prior.sample_u(count, generator=generator, callback=lambda _, u: chain.append(u))
+        noise = chain[0] if len(chain) > 1 else standard_normal(u, generator)
         backbone = self.prior.backbone
-        return backbone.decode(chain[0], 1.0, generator), backbone.decode(u, 1.0, generator)
+        return backbone.decode(noise, 1.0, generator), backbone.decode(u, 1.0, generator)

@@ -31,7 +31,11 @@ class Model(Protocol):
 
 
 class ImageSet(Dataset[Tensor]):
-    """Images by position: `load_image(i)` brings one, `prepare` makes the tensor of it."""
+    """Images by position: `load_image(i)` brings one, `prepare` makes the tensor of it.
+
+    Attributes:
+        in_memory: whether reading one costs next to nothing.
+    """
 
     def __init__(
         self,
@@ -39,9 +43,10 @@ class ImageSet(Dataset[Tensor]):
         load_image: Callable[[int], Any],
         prepare: Callable[[Any], Tensor],
         labels: Tensor | None = None,
+        in_memory: bool = False,
     ) -> None:
         self.length, self.load_image, self.prepare = length, load_image, prepare
-        self.labels = labels
+        self.labels, self.in_memory = labels, in_memory
 
     def __len__(self) -> int:
         return self.length
@@ -286,4 +291,5 @@ def _small(
         source,
         to_image,
         None if labels is None else torch.from_numpy(labels),
+        in_memory=True,
     )

@@ -16,17 +16,30 @@ from ebm_prior.training.interrupt import leave_signals
 ORDER_KEY = 2**31 + 2  # the order of the images, apart from a process's noise
 
 
+class Labelled(Dataset[tuple[Tensor, Tensor]]):
+    """Images with their labels, (attributes,) class numbers each, -1 = unlabelled."""
+
+    def __init__(self, dataset: Dataset[Tensor], labels: Tensor) -> None:
+        self.dataset, self.labels = dataset, labels
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.dataset[index], self.labels[index]
+
+
 class Batches:
     """A data set, shuffled anew each epoch, dealt out to the processes; the remainder is dropped.
 
     Args:
-        dataset: of images (C, H, W), with a length.
+        dataset: of images (C, H, W), or of pairs of image and labels; with a length.
         batch_size: images per process and step.
         workers: processes that read ahead; the order does not depend on them.
     """
 
     def __init__(
-        self, dataset: Dataset[Tensor], batch_size: int, *, seed: int = 0, workers: int = 0
+        self, dataset: Dataset[Any], batch_size: int, *, seed: int = 0, workers: int = 0
     ) -> None:
         self.dataset, self.batch_size, self.seed, self.workers = dataset, batch_size, seed, workers
         sized: Any = dataset  # `Dataset` promises no length, those with positions have one
@@ -43,8 +56,11 @@ class Batches:
         """Batches per epoch of one process."""
         return self.images // (self.batch_size * parallel.world_size())
 
-    def epoch(self, number: int, start: int = 0) -> Iterator[Tensor]:
-        """This process's batches of an epoch, (batch_size, C, H, W), from batch `start` on."""
+    def epoch(self, number: int, start: int = 0) -> Iterator[Any]:
+        """This process's batches of an epoch, (batch_size, C, H, W), from batch `start` on.
+
+        Of pairs: [images, labels].
+        """
         order = torch.randperm(self.images, generator=seeded("cpu", self.seed, ORDER_KEY, number))
         mine = order[parallel.rank() :: parallel.world_size()]
         batches = mine[: len(self) * self.batch_size].split(self.batch_size)[start:]

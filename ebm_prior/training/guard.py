@@ -39,6 +39,8 @@ class Limits:
         With `energy_scale` step, f carries the motion: K steps of grad f / 2 that move each of D
         coordinates by one standard deviation raise f by 2 D / K, which is taken as the limit.
         """
+        if config.kind == "ncp":  # a classifier's logits are to differ; there is no chain
+            return cls(difference=math.inf)
         if config.energy_scale == "none":
             return cls()
         return cls(difference=max(DIFFERENCE, 2 * Layout(config.shapes).dim / config.num_steps))

@@ -101,4 +101,13 @@ def _bar(step: int, steps: int) -> Any:
         from tqdm import tqdm
     except ImportError:
         return None
-    return tqdm(total=steps, initial=step, desc="training", unit="it", dynamic_ncols=True)
+    often = 0.1 if sys.stderr.isatty() else 30  # seconds: a file keeps every state of the bar
+    return tqdm(
+        total=steps,
+        initial=step,
+        desc="training",
+        unit="it",
+        dynamic_ncols=True,
+        mininterval=often,
+        miniters=1,
+    )

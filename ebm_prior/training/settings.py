@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any
 
+LR_SCHEDULES = ("epoch", "linear", "cosine")
 # What may change between a run and its continuation without making another run of it.
 FREE = ("guard", "max_halvings", "log_every", "save_every", "grid_every", "grid_size")
 
@@ -17,11 +18,13 @@ class TrainSettings:
     Attributes:
         iterations: steps; a step that the guard undoes counts.
         optimizer: `adam`: PyTorch's; `apex_adam`: apex's fused one, the same to rounding.
-        lr_schedule: `epoch`: lr * lr_decay ** epoch; `linear`: from lr down to lr * lr_decay.
+        lr_schedule: `epoch`: lr * lr_decay ** epoch; `linear` and `cosine`: from lr down to
+            lr * lr_decay.
         weight_decay: coupled, added to the gradient.
         ema: decay of the averaged weights that are saved and sampled; 0 is off, as published.
         grad_clip: largest norm of the gradient; 0 is off.
         squared_penalty: weight of f(u-)^2 + f(u+)^2 in the loss.
+        label_weight: weight of the labels' cross-entropy in the loss, where there are labels.
         guard_difference: limit of |mean f(u-) - f(u+)|; None chooses one for the prior.
         guard_u_std: limit of the deviation of the negatives, in units of the data's if above 1.
         guard_every: steps between states to go back to.
@@ -40,6 +43,7 @@ class TrainSettings:
     ema: float = 0.0
     grad_clip: float = 0.0
     squared_penalty: float = 0.0
+    label_weight: float = 1.0
     seed: int = 0
     guard_difference: float | None = None
     guard_u_std: float = 2.0
@@ -53,8 +57,10 @@ class TrainSettings:
     def __post_init__(self) -> None:
         if self.optimizer not in ("adam", "apex_adam"):
             raise ValueError(f"optimizer is {self.optimizer!r}, expected adam or apex_adam")
-        if self.lr_schedule not in ("epoch", "linear"):
-            raise ValueError(f"lr_schedule is {self.lr_schedule!r}, expected epoch or linear")
+        if self.lr_schedule not in LR_SCHEDULES:
+            raise ValueError(
+                f"lr_schedule is {self.lr_schedule!r}, expected one of {', '.join(LR_SCHEDULES)}"
+            )
         for name, low, high in (
             ("iterations", 1, math.inf),
             ("lr", 0, math.inf),
@@ -65,6 +71,7 @@ class TrainSettings:
             ("ema", 0, 1),
             ("grad_clip", 0, math.inf),
             ("squared_penalty", 0, math.inf),
+            ("label_weight", 0, math.inf),
             ("seed", 0, 2**63),
             ("guard_difference", 1e-9, math.inf),
             ("guard_u_std", 1.01, math.inf),
@@ -89,7 +96,10 @@ class TrainSettings:
         """Learning rate of a step, counted from 0."""
         if self.lr_schedule == "epoch":
             return self.lr * self.lr_decay ** (step // batches_per_epoch)
-        return self.lr * (1 - (1 - self.lr_decay) * step / max(1, self.iterations - 1))
+        done = step / max(1, self.iterations - 1)
+        if self.lr_schedule == "cosine":
+            done = 0.5 * (1 - math.cos(math.pi * done))
+        return self.lr * (1 - (1 - self.lr_decay) * done)
 
     def facts(self) -> dict[str, Any]:
         """The settings that make another run of it when they change."""

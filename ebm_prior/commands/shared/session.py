@@ -8,8 +8,8 @@ import json
 import platform
 import time
 import zlib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,9 @@ from tqdm import tqdm
 from ebm_prior import checkpoint, parallel
 from ebm_prior.backbones.files import Opened, open_backbone
 from ebm_prior.base import Prior
+from ebm_prior.commands.shared import labels
 from ebm_prior.commands.shared.arguments import settings
+from ebm_prior.commands.shared.labels import Labels
 from ebm_prior.seeds import seeded
 from nvae import data, digest, runtime
 from nvae.evaluation.job import provenance, write_json
@@ -56,6 +58,28 @@ class Job:
             limit: at most so many, chosen by the seed, in the order of the set; by default
                 `--max_images`.
         """
+        images, own, _ = self._half(train, limit)
+        return images, own
+
+    def labelled(
+        self, train: bool, names: Sequence[str], limit: int | None = None
+    ) -> tuple[Tensor, list[Labels]]:
+        """Images, and their labels for every attribute of `names`."""
+        images, own, (index, count) = self._half(train, limit)
+        folder = getattr(self.args, "labels", None)
+        if own is not None and len(index) < count:
+            whole = torch.full((count,), 0)
+            whole[index] = own
+            own = whole
+        found = labels.load(
+            names, self.dataset, own, count, train=train, folder=Path(folder) if folder else None
+        )
+        return images, [replace(each, values=each.values[index]) for each in found]
+
+    def _half(
+        self, train: bool, limit: int | None
+    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, int]]:
+        """Images, class labels, which of how many they are."""
         root = getattr(self.args, "data", None)
         if root is None and self.dataset != "digits":
             raise ValueError(f"give --data, the folder that holds the images of {self.dataset}")
@@ -72,7 +96,8 @@ class Job:
                 f" {tuple(self.backbone.config.image_shape)}; give the data it was trained on, or"
                 " --dataset folder"
             )
-        return images, None if found.labels is None else found.labels[index]
+        own = None if found.labels is None else found.labels[index]
+        return images, own, (index, len(found))
 
     # --- draws ----------------------------------------------------------------------------
 

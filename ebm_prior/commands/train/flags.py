@@ -31,6 +31,13 @@ examples:
     python -m ebm_prior train --preset celeba256 --checkpoint checkpoint.pt --data data/celeba \\
         --out runs/celeba --lr 2e-5 --dry_run
 
+  a control that any prior has to beat, in seconds:
+    python -m ebm_prior train --prior fitted --preset digits --checkpoint digits.pt --out runs/fit
+
+  digits on demand: labels at both layers of the shipped backbone, acting at every step:
+    python -m ebm_prior train --preset digits --checkpoint digits.pt --out runs/classes \\
+        --attribute class:0,1 --label_steps 3
+
   a VAE of your own pictures, with a restraint on the energies:
     python -m ebm_prior train --preset church64 --checkpoint checkpoint.pt --dataset folder \\
         --data pictures --out runs/mine --grad_clip 1
@@ -39,6 +46,12 @@ OUT holds prior.safetensors (the prior), last.pt (to go on from), config.json, a
 metrics.jsonl, grids/*.png, and tensorboard/ (tensorboard --logdir OUT/tensorboard)."""
 
 METAVAR = {int: "N", float: "X"}
+KINDS = {
+    "diffusion": "the paper's",
+    "joint": "one marginal EBM",
+    "ncp": "a classifier per layer",
+    "fitted": "a Gaussian, in seconds",
+}
 # name -> (type or choices, help); the defaults are the preset's.
 PRIOR_FLAGS: dict[str, tuple[Any, str]] = {
     "network": (
@@ -54,11 +67,23 @@ PRIOR_FLAGS: dict[str, tuple[Any, str]] = {
     "energy_scale": (("step", "none"), "step: energies are divided by the step size"),
     "step_rule": (("cumulative", "plain"), "how the step size grows with the noise"),
     "last_step_kernel": (bool, "keep the kernel term at the noisiest step"),
+    "label_steps": (int, "labels act at diffusion indices below this"),
+    "per_layer_classes": (bool, "each layer of an attribute is a classifier of its own"),
+    "sampler": (
+        ("u", "z", "sir", "langevin"),
+        "joint: chains in u or z; ncp: importance resampling or Langevin",
+    ),
+    "joint_logdet": (("exact", "released"), "joint in u: the density, or as it was released"),
+    "proposals": (int, "ncp, sir: proposals per draw"),
+    "rank": (int, "fitted: of the covariance beside a diagonal; 0: full"),
 }
 TRAINING_FLAGS: dict[str, tuple[Any, str]] = {
     "batch_size": (int, "images per process and step"),
     "lr": (float, "Adam's learning rate"),
-    "lr_schedule": (("epoch", "linear"), "epoch: lr * lr_decay^epoch; linear: to lr * lr_decay"),
+    "lr_schedule": (
+        ("epoch", "linear", "cosine"),
+        "epoch: lr * lr_decay^epoch; linear, cosine: to lr * lr_decay",
+    ),
     "lr_decay": (float, "see --lr_schedule"),
     "beta1": (float, "Adam"),
     "beta2": (float, "Adam"),
@@ -66,6 +91,9 @@ TRAINING_FLAGS: dict[str, tuple[Any, str]] = {
     "ema": (float, "decay of averaged weights, which are then saved and sampled; 0: off"),
     "grad_clip": (float, "largest norm of the gradient; 0: off"),
     "squared_penalty": (float, "weight of f^2 in the loss; 0: off"),
+    "label_weight": (float, "weight of the labels' cross-entropy"),
+    "context": (bool, "ncp: the classifiers see the decoder's state"),
+    "draws": (int, "fitted: posterior draws per training image"),
     "bn_readjust": (bool, "re-estimate the VAE's BatchNorm from its own samples first"),
     "bn_iterations": (int, "batches for that"),
 }
@@ -91,7 +119,12 @@ RUN_FLAGS: dict[str, tuple[Any, Any, str]] = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's flags."""
     main = parser.add_argument_group("what to train on")
-    main.add_argument("--checkpoint", required=True, metavar="FILE", help="the NVAE checkpoint")
+    main.add_argument(
+        "--checkpoint",
+        required=True,
+        metavar="FILE",
+        help="the VAE: NVAE's checkpoint.pt, or HVAE",
+    )
     main.add_argument("--preset", required=True, choices=tuple(PRESETS), help="settings by name")
     main.add_argument(
         "--data", metavar="FOLDER", help="the folder of the training images; digits need none"
@@ -100,7 +133,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dataset", help="what --data holds: a data set, or folder (default: the checkpoint's)"
     )
     main.add_argument("--out", required=True, metavar="FOLDER", help="the folder of the run")
-    main.add_argument("--prior", choices=("diffusion",), default="diffusion", help="kind of prior")
+    main.add_argument(
+        "--prior",
+        choices=tuple(KINDS),
+        default="diffusion",
+        help="; ".join(f"{kind}: {text}" for kind, text in KINDS.items()) + " (%(default)s)",
+    )
+    main.add_argument(
+        "--attribute",
+        action="append",
+        default=[],
+        metavar="NAME:LAYERS",
+        help="couple a label to layers, 0 = top: class:0,1 or class:0-9; again for more of them",
+    )
+    main.add_argument(
+        "--labels",
+        metavar="FOLDER",
+        help="train.csv and validation.csv, a column of class numbers per attribute, empty ="
+        " unlabelled; without it: class, and of the digits parity and loop",
+    )
     main.add_argument(
         "--resume",
         choices=("auto", "never"),
@@ -147,6 +198,8 @@ class Run:
     dataset: str | None
     out: Path
     prior: str
+    attributes: tuple[tuple[str, tuple[int, ...]], ...]
+    labels: Path | None
     resume: str
     device: str
     workers: int | None
@@ -172,12 +225,30 @@ def parsed(args: argparse.Namespace) -> Run:
         dataset=args.dataset,
         out=Path(args.out),
         prior=args.prior,
+        attributes=tuple(_attribute(text) for text in args.attribute),
+        labels=Path(args.labels) if args.labels else None,
         resume=args.resume,
         device=args.device,
         workers=args.workers,
         options={name: getattr(args, name) for name in RUN_FLAGS},
-        settings=resolved(args.preset, {name: getattr(args, name) for name in names}),
+        settings=resolved(args.preset, {name: getattr(args, name) for name in names}, args.prior),
     )
+
+
+def _attribute(text: str) -> tuple[str, tuple[int, ...]]:
+    """`class:0,2-4` as ("class", (0, 2, 3, 4)).
+
+    Raises:
+        ValueError: another form.
+    """
+    name, colon, layers = text.partition(":")
+    try:
+        ends = [[int(end) for end in part.split("-", 1)] for part in layers.split(",")]
+    except ValueError:
+        ends = []
+    if not (name and colon and ends) or any(part[0] > part[-1] for part in ends):
+        raise ValueError(f"--attribute {text}: expected NAME:LAYERS, for example class:0,2-4")
+    return name, tuple(layer for part in ends for layer in range(part[0], part[-1] + 1))
 
 
 def check_paths(command: Run) -> None:
@@ -188,8 +259,13 @@ def check_paths(command: Run) -> None:
     """
     if not command.checkpoint.is_file():
         raise ValueError(f"--checkpoint {command.checkpoint}: no such file")
-    if command.data is not None and not command.data.is_dir():
-        raise ValueError(f"--data {command.data}: no such folder")
+    for name, folder in (("data", command.data), ("labels", command.labels)):
+        if folder is not None and not folder.is_dir():
+            raise ValueError(f"--{name} {folder}: no such folder")
+    if command.labels is not None and not command.attributes:
+        raise ValueError("--labels without --attribute: name the attributes and their layers")
+    if command.attributes and command.prior != "diffusion":
+        raise ValueError(f"--attribute belongs to --prior diffusion, got --prior {command.prior}")
     out = command.out
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out {out} is a file; expected a folder, or a name for a new one")
@@ -208,12 +284,13 @@ def check_paths(command: Run) -> None:
         raise ValueError(f"--out {out} cannot be written: no permission in {there}")
 
 
-def prior_config(command: Run, shapes: tuple[tuple[int, ...], ...]) -> PriorConfig:
-    """The prior's part of the settings."""
+def prior_config(command: Run, shapes: tuple[tuple[int, ...], ...], **more: Any) -> PriorConfig:
+    """The prior's part of the settings; `more` is what data and backbone add."""
     from ebm_prior.config import PriorConfig
 
     chosen = {name: command.settings[name] for name in PRIOR_SETTINGS}
-    return PriorConfig(shapes=shapes, preset=command.preset, **chosen)
+    kind, preset = command.prior, command.preset
+    return PriorConfig(shapes=shapes, preset=preset, kind=kind, **chosen, **more)
 
 
 def train_settings(command: Run, batches_per_epoch: int) -> TrainSettings:

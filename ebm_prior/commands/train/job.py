@@ -7,7 +7,7 @@ import shlex
 import shutil
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ebm_prior.commands.train.flags import Run, prior_config, train_settings
 from ebm_prior.presets import PRESETS
@@ -16,27 +16,36 @@ if TYPE_CHECKING:
     import numpy as np
     from torch import Tensor
 
+    from ebm_prior.backbones.files import Opened
+    from ebm_prior.commands.shared.labels import Labels
+    from ebm_prior.config import PriorConfig
     from ebm_prior.trainer import Summary, Trainer
     from ebm_prior.training.batches import Batches
+    from nvae.data import ImageSet
     from nvae.model import AutoEncoder
     from nvae.runtime import Runtime
 
-IN_MEMORY = ("cifar10", "mnist", "digits")  # need no processes that read ahead
 LARGE = 10_000  # latent values from which a CPU is not enough
 BN_KEY = 2**31 + 1  # the random numbers of BatchNorm re-estimation
 
 
 def train(command: Run, here: Runtime) -> int:
-    """Check everything, then train, and say what was written."""
+    """Check everything, then train or fit, and say what was written."""
+    from ebm_prior.backbones.files import open_backbone
     from ebm_prior.training import apex
-    from nvae import checkpoint
 
     if command.options["optimizer"] == "apex_adam":
         apex.check(here.device)
     say = Say(here)
-    vae = checkpoint.load(command.checkpoint, device=str(here.device))
-    batches = open_data(command, vae, say)
-    trainer = make_trainer(command, vae, batches, here, say)
+    backbone = open_backbone(command.checkpoint, here.device)
+    images = open_data(command, backbone, say)
+    if command.prior == "fitted":
+        from ebm_prior.commands.train import fitting
+
+        return fitting.fit(command, backbone, images, here, say)
+    labels = open_labels(command, images)
+    batches = make_batches(command, images, labels)
+    trainer = make_trainer(command, backbone, batches, labels, here, say)
     if here.is_main:
         write_arguments(command)
     steps, step = trainer.settings.iterations, trainer.step
@@ -64,16 +73,15 @@ class Say:
             print(text, file=sys.stderr)
 
 
-def open_data(command: Run, vae: AutoEncoder, say: Say) -> Batches:
+def open_data(command: Run, backbone: Opened, say: Say) -> ImageSet:
     """The training images, checked against the model.
 
     Raises:
         ValueError: they are missing, or do not fit.
     """
-    from ebm_prior.training.batches import Batches
     from nvae import data
 
-    made_for = vae.config.dataset
+    made_for = backbone.config.dataset
     name = command.dataset or made_for
     if command.data is None and name != "digits":
         raise ValueError(f"give --data, the folder that holds the images of {name}")
@@ -83,40 +91,92 @@ def open_data(command: Run, vae: AutoEncoder, say: Say) -> Batches:
         advice = f"; --preset {fitting[0]} is for these" if fitting else ""
         say(f"note: preset {command.preset} is for {wanted}, the VAE is one of {made_for}{advice}")
     # Never flipped: the prior is to learn the latents of the images as they are.
-    images = data.load(name, command.data, train=True, augment=False, config=vae.config)
+    images = data.load(name, command.data, train=True, augment=False, config=backbone.config)
     first = images[0]
-    if tuple(first.shape) != vae.config.image_shape:
+    if tuple(first.shape) != tuple(backbone.config.image_shape):
         raise ValueError(
             f"images of {name} have shape {tuple(first.shape)}, the VAE takes"
-            f" {vae.config.image_shape}; give the data it was trained on, or --dataset folder"
+            f" {tuple(backbone.config.image_shape)}; give the data it was trained on, or --dataset"
+            " folder"
         )
+    return images
+
+
+def open_labels(command: Run, images: ImageSet) -> list[Labels]:
+    """The labels of the attributes, in their order."""
+    if not command.attributes:
+        return []
+    from ebm_prior.commands.shared import labels
+
+    names, folder = [name for name, _ in command.attributes], command.labels
+    dataset = command.dataset or ("digits" if command.data is None else "the data set")
+    return labels.load(names, dataset, images.labels, len(images), train=True, folder=folder)
+
+
+def make_batches(command: Run, images: ImageSet, labels: list[Labels]) -> Batches:
+    """The training images in batches, with labels if there are any."""
+    import torch
+
+    from ebm_prior.training.batches import Batches, Labelled
+
+    dataset: Any = images
+    if labels:
+        dataset = Labelled(images, torch.stack([each.values for each in labels], dim=1))
     workers = command.workers
     if workers is None:
-        workers = 0 if name in IN_MEMORY else 2
+        workers = 0 if images.in_memory else 2
     seed, size = command.options["seed"], command.settings["batch_size"]
-    return Batches(images, size, seed=seed, workers=workers)
+    return Batches(dataset, size, seed=seed, workers=workers)
+
+
+def configured(command: Run, backbone: Opened, labels: list[Labels]) -> PriorConfig:
+    """The configuration with what only backbone and labels know: attributes and contexts."""
+    more: dict[str, Any] = {}
+    if labels:
+        from ebm_prior.coupling import Attribute
+
+        more["attributes"] = tuple(
+            Attribute(name, len(each.classes), layers)
+            for (name, layers), each in zip(command.attributes, labels, strict=True)
+        )
+    if command.prior == "ncp" and command.settings["context"]:
+        from ebm_prior.ncp import context_shapes
+
+        more["contexts"] = context_shapes(backbone)
+    return prior_config(command, backbone.layout.shapes, **more)
 
 
 def make_trainer(
-    command: Run, vae: AutoEncoder, batches: Batches, here: Runtime, say: Say
+    command: Run,
+    backbone: Opened,
+    batches: Batches,
+    labels: list[Labels],
+    here: Runtime,
+    say: Say,
 ) -> Trainer:
     """The trainer, at its beginning or where the run in OUT stopped."""
     import torch
 
+    from ebm_prior import kinds
     from ebm_prior.backbones.nvae import NVAEBackbone, bn_statistics
-    from ebm_prior.prior import EBMPrior
     from ebm_prior.trainer import Trainer
     from ebm_prior.training import run_state
 
     state = run_state.read(command.out) if command.resume == "auto" else None
     settings = train_settings(command, len(batches))
-    backbone = NVAEBackbone(vae)
+    config = configured(command, backbone, labels)
     torch.manual_seed(settings.seed)  # initial weights come from PyTorch's own generator
-    prior = EBMPrior(backbone, prior_config(command, backbone.layout.shapes))
-    check_disk(command.out, sum(p.numel() for p in prior.energies.parameters()))
+    prior = kinds.build(backbone, config)
+    check_disk(command.out, sum(p.numel() for p in prior.learned.parameters()))
 
     statistics = None
     if command.settings["bn_readjust"]:  # in place: the backbone is a view of the VAE
+        if not isinstance(backbone, NVAEBackbone) or not list(backbone.model.batch_norms()):
+            raise ValueError(
+                "this VAE has no BatchNorm to re-estimate; give --no-bn_readjust, or a preset"
+                " without it"
+            )
+        vae: Any = backbone.live
         if state is None:
             readjust(command, vae, here, say)
         else:
@@ -129,7 +189,7 @@ def make_trainer(
         command.out,
         bn_statistics=statistics,
         facts={
-            "dataset": command.dataset or vae.config.dataset,
+            "dataset": command.dataset or backbone.config.dataset,
             "batch_size": command.settings["batch_size"],
             "bn_readjust": command.settings["bn_readjust"],
         },
@@ -211,11 +271,14 @@ def told(command: Run, summary: Summary) -> str:
     out = command.out
     state = "Trained" if summary.done else "Stopped: trained"
     halved = f"; the learning rate was halved {summary.halvings} times" if summary.halvings else ""
+    classes = ""
+    if summary.accuracy is not None:
+        classes = f"; {summary.accuracy:.0%} of the labels at t = 0 are right"
     text = (
         f"{state} {summary.step} of {summary.steps} steps in {summary.seconds:.0f} s. Of the last"
         f" steps: mean f(u-) - f(u+) {summary.difference:+.3g} (near 0 is right), deviation of the"
-        f" chains' u {summary.u_std:.3f} (the data's: {summary.data_std:.3f}){halved}. {out} holds"
-        " prior.safetensors (the prior), last.pt (to go on from), config.json, args.json,"
+        f" chains' u {summary.u_std:.3f} (the data's: {summary.data_std:.3f}){classes}{halved}."
+        f" {out} holds prior.safetensors (the prior), last.pt (to go on from), config.json, args.json,"
         " metrics.jsonl, tensorboard/ and grids/."
     )
     if not summary.done:

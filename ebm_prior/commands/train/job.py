@@ -278,8 +278,8 @@ def told(command: Run, summary: Summary) -> str:
         f"{state} {summary.step} of {summary.steps} steps in {summary.seconds:.0f} s. Of the last"
         f" steps: mean f(u-) - f(u+) {summary.difference:+.3g} (near 0 is right), deviation of the"
         f" chains' u {summary.u_std:.3f} (the data's: {summary.data_std:.3f}){classes}{halved}."
-        f" {out} holds prior.safetensors (the prior), last.pt (to go on from), config.json, args.json,"
-        " metrics.jsonl, tensorboard/ and grids/."
+        f" {out} holds prior.safetensors (the prior), last.pt (to go on from), config.json,"
+        " args.json, metrics.jsonl, tensorboard/ and grids/."
     )
     if not summary.done:
         return f"{text} Go on with the same command and --resume auto."

@@ -41,7 +41,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=list(DEFAULT),
         help="foreign sets: NAME=PATH, a .mat of SVHN, an .npz with images or samples, a folder"
         " of pictures, or the folder of cifar100, cifar10 or another data set of the package; or"
-        f" the model's own images {', '.join(SHIFTS)} (%(default)s)",
+        f" the model's own images {', '.join(SHIFTS)}"
+        f" ({' '.join(DEFAULT)})",
     )
     parser.add_argument(
         "--scheme",
@@ -55,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--k",
         nargs="+",
         default=["all"],
-        help="E_>k sums all layers but the k lowest: numbers from 0, or all (%(default)s)",
+        help="E_>k sums all layers but the k lowest: numbers from 0, or all (all)",
     )
     parser.add_argument(
         "--draws",

@@ -106,10 +106,10 @@ def load(path: PathLike, device: str | torch.device = "cpu") -> HVAEBackbone:
 def _check_tensors(name: str, config: HVAEConfig, tensors: Mapping[str, Tensor]) -> None:
     """Names, shapes and values, against a network without memory: a claimed width is free."""
     # Even without memory, building a module takes time: no more of them than the file has tensors.
-    if len(config.widths) * max(1, config.cells) > len(tensors):
+    cells = 2 * len(config.widths) * config.cells
+    if 4 * cells > len(tensors):
         raise ValueError(
-            f"{name}: {len(tensors)} tensors for {len(config.widths)} layers of {config.cells}"
-            " cells; the file is not whole"
+            f"{name}: {len(tensors)} tensors for at least {cells} cells; the file is not whole"
         )
     with torch.device("meta"):
         expected = HVAE(config).state_dict()

@@ -189,7 +189,8 @@ class HVAETrainer:
         self.step += 1
         self.seconds += time.perf_counter() - started
         last = self.step >= settings.iterations
-        if self.step % settings.log_every == 0 or self.step == 1 or last:
+        due = self.step % settings.log_every == 0 or self.step == 1 or last
+        if due and reason is None:
             log.scalars(self.step, {**measured, "seconds": self.seconds})
         log.advance({"bpd": f"{measured['bits_per_dim']:.3f}", "kl": f"{measured['kl']:.0f}"})
         if self.in_a_row >= LOST:

@@ -25,6 +25,7 @@ from ebm_prior.schedule import Schedule
 
 NUM_GROUPS = 4
 LOW_PASS = 8  # the published images' down-sampling
+SIGNIFICANT = 2.0  # standard errors
 
 
 def groups(layout: Layout, number: int = NUM_GROUPS) -> list[tuple[int, ...]]:
@@ -59,7 +60,7 @@ def swap(reference: Tensor, variants: Tensor, group: Tensor) -> Tensor:
     The lower z follow the changed upper ones: their moments are computed anew.
 
     Args:
-        reference: (D,) or (1, D).
+        reference: (1, D), or (n, D) for a reference per row.
         variants: (n, D).
         group: (D,) bool, `Layout.mask` of its layers.
     """
@@ -81,19 +82,19 @@ def swap_z(
 
 
 def conditional(
-    prior: EBMPrior, reference: Tensor, num: int, group: Tensor, *, generator: torch.Generator
+    prior: EBMPrior, reference: Tensor, group: Tensor, *, generator: torch.Generator
 ) -> Tensor:
-    r"""The group's own reverse chain given the other layers, (num, D).
+    r"""The group's own reverse chain given the other layers, (n, D).
 
     The clamped layers follow a forward process of u*, drawn anew for each row,
     :math:`u^*_0 = u^*, \; u^*_k = \alpha_k u^*_{k-1} + \sigma_k \epsilon`; at index t they are
     held at u*_t, and the kernel sees u*_{t+1}. They end as the very bits of u*.
 
     Args:
-        reference: u*, (D,) or (1, D), a state 0.
+        reference: u*, (n, D), a state 0 for each chain.
         group: (D,) bool, True at the coordinates to draw.
     """
-    path = forward_path(reference.expand(num, -1), prior.schedule, generator)
+    path = forward_path(reference, prior.schedule, generator)
     u = torch.where(group, langevin.standard_normal(path[-1], generator), path[-1])
     for t in reversed(range(prior.config.max_T)):
         start = torch.where(group, u, path[t])
@@ -129,10 +130,14 @@ def low_pass_factor(height: int, width: int) -> int:
     return max(1, min(LOW_PASS, min(height, width) // 4))
 
 
-def change(images: Tensor, reference: Tensor) -> Change:
-    """How images (n, C, H, W) differ from the reference, of the same shape or (1, C, H, W)."""
+def change(images: Tensor, reference: Tensor, factor: int | None = None) -> Change:
+    """How images (n, C, H, W) differ from the reference, of the same shape or (1, C, H, W).
+
+    Args:
+        factor: pixels on a side of a block; by default `low_pass_factor`.
+    """
     difference = (images - reference).double()
-    factor = low_pass_factor(*difference.shape[-2:])
+    factor = factor or low_pass_factor(*difference.shape[-2:])
     # Whole blocks only, in both numbers, so that a share never exceeds 1.
     height, width = (side - side % factor for side in difference.shape[-2:])
     difference = difference[..., :height, :width]
@@ -146,6 +151,48 @@ def mean_change(changes: Sequence[Change]) -> Change:
     return Change(sum(c.pixel for c in changes) / count, sum(c.low_pass for c in changes) / count)
 
 
-def falls(values: Sequence[float]) -> bool:
-    """Whether each value is below the one before."""
-    return all(after < before for before, after in itertools.pairwise(values))
+def deviations(changes: Sequence[Change]) -> Tensor:
+    r"""(R,): what each of R references adds to the error of their common share.
+
+    The delta method for a ratio of means; `standard_error` of these is the share's, that of their
+    difference to another panel's, over the same references, is the difference's.
+    """
+    mean = mean_change(changes)
+    rest = [c.low_pass - mean.low_pass_share * c.pixel for c in changes]
+    return torch.tensor(rest, dtype=torch.float64) / (mean.pixel or 1.0)
+
+
+def standard_error(values: Tensor) -> float | None:
+    """Of the mean of values (R,); None for a single one."""
+    return float(values.std() / len(values) ** 0.5) if len(values) > 1 else None
+
+
+class Fall(NamedTuple):
+    """How much less coarse a group's changes are than those of the group above."""
+
+    by: float  # share of the upper group minus share of the lower one
+    standard_error: float | None
+
+
+def fall(upper: Sequence[Change], lower: Sequence[Change]) -> Fall:
+    """From one panel to the next, over the same references."""
+    by = mean_change(upper).low_pass_share - mean_change(lower).low_pass_share
+    return Fall(by, standard_error(deviations(upper) - deviations(lower)))
+
+
+def falls(steps: Sequence[Fall]) -> bool | None:
+    """Whether the share falls at every step, by `SIGNIFICANT` standard errors or more.
+
+    False where it rises by as much at one step; None where the references are too few to tell, or
+    there is one group only.
+    """
+    signs = [_sign(step) for step in steps]
+    if -1 in signs:
+        return False
+    return True if signs and all(signs) else None
+
+
+def _sign(step: Fall) -> int:
+    if step.standard_error is None or abs(step.by) < SIGNIFICANT * step.standard_error:
+        return 0
+    return 1 if step.by > 0 else -1

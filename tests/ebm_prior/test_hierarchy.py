@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import itertools
+import json
 
 import pytest
 import torch
 
-from ebm_prior import hierarchy
+from ebm_prior import checkpoint, hierarchy, kinds
+from ebm_prior.backbones.nvae import NVAEBackbone
+from ebm_prior.commands import main
 from ebm_prior.config import PriorConfig
 from ebm_prior.hierarchy import Change
 from ebm_prior.latents import Layout
 from ebm_prior.prior import EBMPrior
-from tests.ebm_prior import toys
+from tests.ebm_prior import small_vaes, toys
 
 
 @pytest.fixture
@@ -103,7 +106,7 @@ def test_in_u_the_lower_latents_follow_the_upper_ones(backbone, drawn):
 def test_a_conditional_chain_moves_its_group_and_leaves_the_clamped_bits(prior, drawn, generator):
     reference, _ = drawn
     group = prior.layout.mask([1])
-    u = hierarchy.conditional(prior, reference, 5, group, generator=generator)
+    u = hierarchy.conditional(prior, reference.expand(5, -1), group, generator=generator)
     assert torch.equal(u[:, ~group], reference[:, ~group].expand(5, -1))
     assert len(set(u[:, group].flatten().tolist())) == 15, "each row draws its own"
 
@@ -118,7 +121,7 @@ def test_the_clamped_layers_follow_the_forward_process_at_every_index(prior, dra
         return reverse(t, u_next, **further)
 
     prior.reverse = noted
-    hierarchy.conditional(prior, reference, 4, group, generator=generator)
+    hierarchy.conditional(prior, reference.expand(4, -1), group, generator=generator)
     assert [t for t, _, _ in calls] == [2, 1, 0]
     for (_, u_next, init), (_, after, _) in itertools.pairwise(calls):
         assert torch.equal(init[:, group], u_next[:, group]), "the chain starts at u_{t+1}"
@@ -185,7 +188,115 @@ def test_panels_average_before_the_share_is_taken():
     assert mean.low_pass_share == 0.25
 
 
-def test_falling_is_strict():
-    assert hierarchy.falls([0.9, 0.5, 0.1])
-    assert not hierarchy.falls([0.9, 0.9])
-    assert not hierarchy.falls([0.1, 0.5])
+def changes(share, spread, count=100, seed=0):
+    """References with pixel changes of about 2 and this share, give or take `spread`."""
+    g = torch.Generator().manual_seed(seed)
+    pixel = 1 + 2 * torch.rand(count, generator=g, dtype=torch.float64)
+    shares = share + spread * torch.randn(count, generator=g, dtype=torch.float64)
+    return [Change(float(p), float(p * s)) for p, s in zip(pixel, shares, strict=True)]
+
+
+def test_the_error_of_a_share_is_that_of_repeated_references():
+    shares = [hierarchy.mean_change(changes(0.5, 0.1, seed=i)).low_pass_share for i in range(400)]
+    told = hierarchy.standard_error(hierarchy.deviations(changes(0.5, 0.1)))
+    assert told == pytest.approx(torch.tensor(shares).std().item(), rel=0.25)
+
+
+def test_common_fluctuations_of_the_references_cancel_in_a_fall():
+    upper = changes(0.5, 0.2)
+    step = hierarchy.fall(upper, [Change(c.pixel, c.low_pass - 0.01 * c.pixel) for c in upper])
+    assert step.by == pytest.approx(0.01)
+    assert step.standard_error < 1e-9
+    assert hierarchy.falls([step]) is True
+
+
+@pytest.mark.parametrize(
+    ("shares", "expected"),
+    [
+        ((0.9, 0.5, 0.1), True),
+        ((0.9, 0.5, 0.505), None),
+        ((0.9, 0.1, 0.5), False),
+        ((0.5, 0.51), None),
+        ((0.5, 0.9), False),
+    ],
+)
+def test_falling_is_told_beyond_the_error_only(shares, expected):
+    panels = [changes(share, 0.2, seed=i) for i, share in enumerate(shares)]
+    steps = [hierarchy.fall(*pair) for pair in itertools.pairwise(panels)]
+    assert hierarchy.falls(steps) is expected
+
+
+def test_one_reference_cannot_tell():
+    step = hierarchy.fall([Change(1.0, 0.9)], [Change(1.0, 0.1)])
+    assert step.standard_error is None
+    assert hierarchy.falls([step]) is None
+
+
+# --- the command
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder, vae = tmp_path_factory.mktemp("files"), small_vaes.vae()
+    checkpoint.save(folder / "prior", small_vaes.prior(NVAEBackbone(vae)))
+    fitted = PriorConfig(tuple(vae.config.latent_shapes), kind="fitted", max_T=1)
+    checkpoint.save(folder / "fitted", kinds.build(NVAEBackbone(vae), fitted))
+    return small_vaes.written(folder / "checkpoint.pt", vae), folder
+
+
+@pytest.fixture
+def run(files):
+    vae, folder = files
+
+    def run(out, *flags, prior="prior"):
+        paths = ["--checkpoint", vae, "--prior", folder / prior, "--out", out]
+        few = ["--num_variants", "3", "--num_references", "4", "--batch_size", "8"]
+        return main(["hierarchy", *map(str, paths), *few, "--device", "cpu", *flags])
+
+    return run
+
+
+@pytest.mark.parametrize("flags", ["", "--space z", "--mode conditional"])
+def test_the_command_draws_panels_and_reports_shares(run, tmp_path, capsys, flags):
+    assert run(tmp_path, *flags.split()) == 0
+    assert "low-pass share" in capsys.readouterr().out
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names >= {"panels.png", "shares.png", "report.json"}
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [row["layers"] for row in report["groups"]] == [[0], [1]]
+    assert all(0 <= row["low_pass_share"] <= 1 for row in report["groups"])
+    assert all(row["pixel_distance"] > 0 for row in report["groups"])
+    assert report["all_layers"]["changed"] == 1
+    assert set(report["groups"][0]["low_pass_share_by_block"]) == {"2", "4", "8"}
+    assert report["low_pass_share_falls"] in (True, False, None)
+    assert report["protocol"]["block"] == 2
+
+
+def test_one_group_of_all_layers_changes_as_much_as_a_new_sample(run, tmp_path):
+    assert run(tmp_path, "--groups", "1") == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    (row,) = report["groups"]
+    assert row["layers"] == [0, 1]
+    assert row["changed"] == 1
+    assert report["low_pass_share_falls"] is None
+
+
+def test_a_prior_of_another_kind_can_be_swapped_but_has_no_chain(run, tmp_path, capsys):
+    assert run(tmp_path, prior="fitted") == 0
+    assert run(tmp_path, "--mode", "conditional", prior="fitted") == 2
+    assert "this one is of kind fitted; take --mode swap" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ("--groups 0", "--groups 0: expected at least 1"),
+        ("--num_variants 0", "--num_variants 0: expected at least 1"),
+        ("--temperature 0", "--temperature 0.0: expected a positive number"),
+        ("--mode conditional --space z", "--space z is of --mode swap"),
+    ],
+)
+def test_what_cannot_work_is_one_line(run, tmp_path, capsys, flags, message):
+    assert run(tmp_path / "out", *flags.split()) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ebm_prior.base import in_mode, plain_numbers
+from ebm_prior.base import Prior, in_mode, plain_numbers
 from ebm_prior.coupling import Attribute
 from ebm_prior.prior import EBMPrior
 from ebm_prior.schedule import Schedule
@@ -33,18 +33,27 @@ def label_steps_for(schedule: Schedule) -> int:
     return next(n for n in range(1, schedule.max_T + 1) if schedule.sigma_bar[n] >= WIDE)
 
 
+def steerable(prior: Prior | None) -> EBMPrior:
+    """The prior, if it knows labels.
+
+    Raises:
+        ValueError: it does not; the message says how to train one that does.
+    """
+    if not isinstance(prior, EBMPrior) or not prior.config.attributes:
+        raise ValueError(
+            "this prior was trained without labels, so it cannot be steered; train one with"
+            " `ebm_prior train --attribute NAME:LAYERS`, for example --attribute class:0,1"
+        )
+    return prior
+
+
 def attribute_number(prior: EBMPrior, name: str) -> int:
     """The column of an attribute in the labels.
 
     Raises:
         ValueError: the prior has no attributes, or none of that name.
     """
-    names = [attribute.name for attribute in prior.config.attributes]
-    if not names:
-        raise ValueError(
-            "this prior was trained without labels, so it cannot be steered; train one with"
-            " `ebm_prior train --attribute NAME=CLASSES@LAYERS`"
-        )
+    names = [attribute.name for attribute in steerable(prior).config.attributes]
     if name not in names:
         raise ValueError(f"attribute {name!r}: this prior knows {', '.join(names)}")
     return names.index(name)
@@ -114,7 +123,7 @@ def compose(
     Raises:
         ValueError: unknown attributes or classes, or layers not in order.
     """
-    asked = _in_order(prior, stages)
+    asked = in_order(prior, stages)
     layout, device = prior.layout, prior.device
     first = min(prior.config.label_steps, prior.config.max_T)
     labels = torch.full((num, len(prior.config.attributes)), -1, device=device)
@@ -146,8 +155,12 @@ def compose(
     return found
 
 
-def _in_order(prior: EBMPrior, stages: Sequence[tuple[str, int]]) -> list[tuple[int, int]]:
-    """(column of the labels, class) per stage, checked."""
+def in_order(prior: EBMPrior, stages: Sequence[tuple[str, int]]) -> list[tuple[int, int]]:
+    """The stages of a composition as (column of the labels, class).
+
+    Raises:
+        ValueError: unknown attributes or classes, or layers not in order.
+    """
     asked, above = [], ""
     fixed = -1  # the lowest layer that the stages so far fix
     for name, value in stages:

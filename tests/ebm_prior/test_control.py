@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import json
 
 import pytest
 import torch
 
 from ebm_prior import control
+from ebm_prior.commands import main
 from ebm_prior.config import PriorConfig
 from ebm_prior.coupling import Attribute
 from ebm_prior.prior import EBMPrior
 from ebm_prior.schedule import Schedule
+from tests.ebm_prior import small_vaes
 from tests.ebm_prior.toys import EightModes, Energies, LinearGaussian
 
 SMALL = {
@@ -191,3 +194,125 @@ def test_confusion_counts_rows_as_asked_and_survival_counts_those_that_were_ther
     assert control.agreement(counts) == pytest.approx(3 / 5)
     assert control.survival(found, torch.tensor([1, 1, 1, 0, 1]), 1) == pytest.approx(2 / 3)
     assert control.survival(found, found, 9) is None
+
+
+# --- the command
+
+
+@pytest.fixture(scope="module")
+def vae_file(tmp_path_factory):
+    return small_vaes.written(tmp_path_factory.mktemp("vae") / "checkpoint.pt", small_vaes.vae())
+
+
+def train(vae_file, out, *flags):
+    cheap = ["--preset", "digits", "--width", "8", "--num_steps", "2", "--batch_size", "16"]
+    cheap += ["--iterations", "2", "--grid_every", "0", "--device", "cpu"]
+    assert main(["train", "--checkpoint", str(vae_file), "--out", str(out), *cheap, *flags]) == 0
+    return out / "prior.safetensors"
+
+
+@pytest.fixture(scope="module")
+def prior_file(vae_file, tmp_path_factory):
+    """Parity at the top, loops below: the fewest steps there are."""
+    pytest.importorskip("sklearn")
+    out = tmp_path_factory.mktemp("run") / "attributes"
+    return train(vae_file, out, "--attribute", "parity:0", "--attribute", "loop:1")
+
+
+def run(vae_file, prior_file, out, *flags):
+    files = ["--checkpoint", str(vae_file), "--prior", str(prior_file), "--out", str(out)]
+    cheap = ["--num_samples", "12", "--max_images", "200", "--device", "cpu"]
+    return main(["control", *files, *cheap, *flags])
+
+
+def report(out):
+    return json.loads((out / "report.json").read_text())
+
+
+def test_every_class_of_every_attribute_is_sampled_and_judged(
+    vae_file, prior_file, tmp_path, capsys
+):
+    assert run(vae_file, prior_file, tmp_path) == 0
+    names = {path.name for path in tmp_path.iterdir()} - {".lock"}
+    pictures = {f"{kind}{name}.png" for name in ("parity", "loop") for kind in ("", "confusion_")}
+    assert names == {"report.json", *pictures}
+    found = report(tmp_path)
+    assert found["classes"].keys() == found["classifiers"].keys() == {"parity", "loop"}
+    for name, words in (("parity", ["even", "odd"]), ("loop", ["open", "loop"])):
+        numbers = found["classes"][name]
+        assert numbers["classes"] == words
+        assert [sum(row) for row in numbers["confusion"]] == [12, 12]
+        hits = sum(numbers["confusion"][i][i] for i in range(2))
+        assert numbers["agreement"] == pytest.approx(hits / 24, abs=1e-4)
+        assert sum(numbers["shares_without_label"]) == pytest.approx(1)
+        assert found["classifiers"][name]["pixel_classifier"] > 0.8
+        assert 0 <= found["classifiers"][name]["latent_classifier_1%_noise"] <= 1
+    assert found["protocol"]["label_steps"] == found["protocol"]["label_steps_recommended"] == 1
+    told = capsys.readouterr().out
+    assert "parity: a classifier of pixels is right on" in told
+    assert "of samples obey; chance 50.0%" in told
+
+
+def test_attributes_are_composed_from_the_top_down(vae_file, prior_file, tmp_path, capsys):
+    flags = ["--compose", "parity=odd", "loop=1", "--guidance", "2", "--label_steps", "2"]
+    assert run(vae_file, prior_file, tmp_path, *flags) == 0
+    assert {path.name for path in tmp_path.iterdir()} - {".lock"} == {"compose.png", "report.json"}
+    found = report(tmp_path)
+    first, second = found["compose"]["stages"]
+    assert (first["attribute"], first["class"]) == ("parity", "odd")
+    assert "survived" not in first
+    assert second["class"] == "loop"
+    assert second["held_layers"] == [0]
+    assert second["held_bit_identical"] is True
+    assert second["survived"].keys() == {"parity"}
+    assert second["agreement"].keys() == {"parity", "loop"}
+    assert (found["protocol"]["label_steps"], found["protocol"]["guidance"]) == (2, 2.0)
+    assert "asked for loop: parity" in capsys.readouterr().out
+
+
+def test_attributes_are_asked_for_together_and_blocks_do_not_matter_to_each_other(
+    vae_file, prior_file, tmp_path
+):
+    flags = ["--set", "parity=even", "loop=open", "--batch_size", "8"]
+    assert run(vae_file, prior_file, tmp_path, *flags) == 0
+    found = report(tmp_path)["set"]
+    assert (tmp_path / "set.png").is_file()
+    for kind in ("samples", "without_label", "gaussian_prior"):
+        assert found[kind]["all"] <= min(found[kind]["agreement"].values())
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--set", "parity"], "--set parity: expected NAME=CLASS"),
+        (["--set", "parity=1", "parity=0"], "named twice"),
+        (["--set", "size=1"], "'size': this prior knows parity, loop"),
+        (["--set", "parity=7"], "parity=7: expected one of even, odd"),
+        (["--compose", "loop=1", "parity=1"], "compose attributes from top to bottom"),
+        (["--label_steps", "4"], "label_steps is 4, expected 1 to 3"),
+        (["--num_samples", "0"], "--num_samples 0: expected at least 1"),
+        (["--guidance", "nan"], "expected a finite number"),
+        (["--labels", "missing"], "--labels missing: no such folder"),
+    ],
+)
+def test_what_cannot_be_sampled_is_one_line(
+    vae_file, prior_file, tmp_path, capsys, flags, message
+):
+    assert run(vae_file, prior_file, tmp_path / "out", *flags) == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert told.startswith("error: ")
+    assert message in told
+
+
+def test_a_prior_without_labels_is_one_line_that_says_how_to_train_one(vae_file, tmp_path, capsys):
+    pytest.importorskip("sklearn")
+    plain = train(vae_file, tmp_path / "plain")
+    assert run(vae_file, plain, tmp_path / "out") == 2
+    assert "`ebm_prior train --attribute NAME:LAYERS`" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_dry_run_prints_the_settings(vae_file, prior_file, tmp_path, capsys):
+    capsys.readouterr()
+    assert run(vae_file, prior_file, tmp_path / "out", "--dry_run", "--set", "loop=1") == 0
+    assert json.loads(capsys.readouterr().out)["set"] == ["loop=1"]
+    assert not (tmp_path / "out").exists()

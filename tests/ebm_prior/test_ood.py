@@ -358,6 +358,7 @@ def test_the_command_reports_every_k_scheme_and_set(finished):
         *("histograms_inference.png", "histograms_diffusion.png"),
     }
     content = json.loads((finished / "report.json").read_text())
+    assert content["protocol"]["perturb_state"] == 1
     assert content["protocol"]["images"] == {"own": 7, "inverted": 7, "white": 7}
     with np.load(finished / "scores.npz") as scores:
         for kind in ("inference", "diffusion"):
@@ -411,6 +412,15 @@ def test_what_cannot_work_is_one_line_before_any_work(files, tmp_path, capsys, f
     assert told[-1].startswith("error: ")
     assert message in told[-1]
     assert not (tmp_path / "out").exists()
+
+
+def test_a_prior_of_one_step_keeps_something_of_the_image(files, tmp_path):
+    vae = NVAEBackbone(small_vaes.vae())
+    checkpoint.save(tmp_path / "one.safetensors", small_vaes.prior(vae, max_T=1))
+    flags = ["--prior", f"{tmp_path}/one.safetensors", "--ood", "noise", "--max_images", "3"]
+    assert run(files, tmp_path / "out", *flags, "--scheme", "diffusion", "--k", "1") == 0
+    content = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert content["protocol"]["perturb_state"] == 0
 
 
 def test_a_dry_run_prints_the_settings(files, tmp_path, capsys):

@@ -75,8 +75,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--perturb_state",
         type=int,
         choices=(0, 1),
-        default=1,
-        help="diffusion scheme: the state that the layers above k are perturbed to (%(default)s)",
+        help="diffusion scheme: the state that the layers above k are perturbed to (1; 0 for a"
+        " prior of one diffusion step, whose state 1 is all noise)",
     )
     arguments.add_running(parser, batch_size=100)
 

@@ -32,8 +32,8 @@ def score_all(args: argparse.Namespace, ks: list[int] | None, sources: list[Sour
         if not isinstance(prior, EBMPrior):
             kind = "none" if prior is None else prior.config.kind
             raise ValueError(
-                f"--prior {args.prior}: kind {kind}; expected a diffusion prior, whose energies"
-                " of t = 0 are the scores"
+                f"--prior {args.prior}: kind {kind}; expected a diffusion or joint prior,"
+                " whose energies of t = 0 are the scores"
             )
         layers = prior.layout.num_layers
         ks = list(range(layers)) if ks is None else ks
@@ -50,12 +50,13 @@ def score_all(args: argparse.Namespace, ks: list[int] | None, sources: list[Sour
         if job.here.is_main:
             show(job.out / "examples.png", sets, chosen, job.dataset)
 
+        state = args.perturb_state
         plan = Plan(
             tuple(dict.fromkeys(args.scheme)),
             tuple(ks),
             args.draws,
             args.perturb,
-            args.perturb_state,
+            min(1, prior.config.max_T - 1) if state is None else state,
             args.seed,
         )
         scores = {
@@ -72,7 +73,7 @@ def score_all(args: argparse.Namespace, ks: list[int] | None, sources: list[Sour
             "images": {name: len(numbers) for name, numbers in chosen.items()},
             "positive_class": "foreign",
             "errors": "standard errors over the choice of images, sets taken as independent",
-            "shift_seed": args.seed,
+            "perturb_state": plan.state,
         }
         job.report(content, protocol)
         print(report.words(content))

@@ -160,8 +160,8 @@ def low_rank(u: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
         s^2 = (\textstyle\sum_i \text{var}_i - \sum_j \lambda_j) / (D - r)
 
     with V the r leading principal directions: probabilistic PCA, but with every coordinate's own
-    variance. V comes from the first half of the draws, the variances lambda_j along it from the
-    second: of fewer draws than coordinates PCA makes directions of variance up to
+    variance. V comes from the first half of the draws, lambda_j, the variances along it, and s^2
+    from the second: of fewer draws than coordinates PCA makes directions of variance up to
     (1 + sqrt(D/N))^2 out of white noise. Measured anew these have none beyond s^2.
 
     Args:
@@ -179,9 +179,9 @@ def low_rank(u: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     v = principal_directions(u[:half], rank)
     pairs = zip(u[half:].split(BLOCK, dim=1), v.split(BLOCK), strict=True)
     along = sum_of([block.double() @ part for block, part in pairs]).var(0)
-    blocks = [(b.mean(0), b.var(0)) for b in map(Tensor.double, u.split(BLOCK, dim=1))]
-    mean, variance = (torch.cat(parts) for parts in zip(*blocks, strict=True))
-    rest = (variance.sum() - along.sum()) / (len(mean) - rank)
+    _mean, variance = _mean_and_variance(u[half:])
+    rest = (variance.sum() - along.sum()) / (len(v) - rank)
+    mean, variance = _mean_and_variance(u)
     factor = v * (along - rest).clamp_min(0).sqrt()
     return mean, factor, (variance - factor.square().sum(1)).clamp_min(EPSILON)
 
@@ -200,6 +200,13 @@ def principal_directions(u: Tensor, rank: int) -> Tensor:
     lengths = values[-rank:].clamp_min(1e-12 * float(values[-1]) + EPSILON**2).sqrt()
     blocks = (block.double().T @ vectors[:, -rank:] for block in x.split(BLOCK, dim=1))
     return torch.cat(list(blocks)) / lengths
+
+
+def _mean_and_variance(u: Tensor) -> tuple[Tensor, Tensor]:
+    """(D,) each, double, a block of coordinates at a time."""
+    blocks = [(b.mean(0), b.var(0)) for b in map(Tensor.double, u.split(BLOCK, dim=1))]
+    mean, variance = (torch.cat(parts) for parts in zip(*blocks, strict=True))
+    return mean, variance
 
 
 def _check_finite(u: Tensor) -> None:

@@ -239,11 +239,9 @@ def context_shapes(backbone: Backbone) -> tuple[tuple[int, ...] | None, ...]:
 
     What a configuration with contexts says, found by one call of the backbone.
     """
-    z = backbone.to_z(
-        torch.zeros(1, backbone.layout.dim, device=getattr(backbone, "device", None))
-    )
+    u = torch.zeros(1, backbone.layout.dim, device=getattr(backbone, "device", None))
     with torch.no_grad():
-        found = with_moments(backbone, PURPOSE).moments(z)
+        found = with_moments(backbone, PURPOSE).moments(backbone.to_z(u))
     return tuple(None if m.h is None else tuple(m.h.shape[1:]) for m in found)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ebm_prior.backbones.base import Moments
 from ebm_prior.fingerprint import fingerprint
 from ebm_prior.latents import Layout
-from nvae import checkpoint
+from nvae import batchnorm, checkpoint
 from nvae.arch import ModelConfig
 from nvae.distributions import Normal
 from nvae.model import AutoEncoder, Choose
@@ -65,6 +65,30 @@ class NVAEBackbone:
     def with_bn_statistics(self, statistics: Mapping[str, Tensor] | None) -> NVAEBackbone:
         """A view of the same model with other BatchNorm statistics, or its own again (None)."""
         return NVAEBackbone(self.live, statistics, config=self.config)
+
+    def readjust_bn(
+        self,
+        *,
+        iterations: int,
+        batch_size: int,
+        generator: torch.Generator | None = None,
+        progress: bool = False,
+    ) -> dict[str, Tensor]:
+        """Re-estimate the live model's statistics from its own samples at temperature 1.
+
+        Returns:
+            Copies of them, for `with_bn_statistics`.
+        """
+        batchnorm.readjust(
+            self.live,  # type: ignore[arg-type]  # upstream's own class has what it needs, too
+            temperature=1.0,
+            iterations=iterations,
+            batch_size=batch_size,
+            generator=generator,
+            progress=progress,
+        )
+        self.refresh()
+        return bn_statistics(self.model)
 
     @torch.no_grad()
     def refresh(self) -> None:

@@ -58,31 +58,28 @@ def run(args: argparse.Namespace) -> int:
 
     import torch
 
-    import nvae
     from ebm_prior import authors, checkpoint
-    from ebm_prior.backbones.nvae import NVAEBackbone, bn_statistics
-    from nvae import batchnorm, runtime
+    from ebm_prior.backbones.files import open_backbone
+    from nvae import runtime
 
-    model = nvae.load(args.checkpoint, device=runtime.pick_device(args.device))
+    backbone = open_backbone(args.checkpoint, runtime.pick_device(args.device))
     # Width, kind and spectral norm are read off the file itself.
     fixed = {"shapes", "network", "width", "spectral_norm"}
     prior = authors.import_authors(
         args.authors,
-        NVAEBackbone(model),
+        backbone,
         {name: settings[name] for name in presets.PRIOR_SETTINGS if name not in fixed}
         | {"preset": args.preset},
     )
     statistics = None
-    if settings["bn_readjust"]:
-        batchnorm.readjust(
-            model,
-            temperature=1.0,
+    readjust = getattr(backbone, "readjust_bn", None)
+    if settings["bn_readjust"] and readjust is not None:
+        statistics = readjust(
             iterations=settings["bn_iterations"],
             batch_size=settings["batch_size"],
             generator=torch.Generator().manual_seed(args.seed),
             progress=True,
         )
-        statistics = bn_statistics(model)
     checkpoint.save(args.out, prior, bn_statistics=statistics)
     config = prior.config
     print(

@@ -15,8 +15,8 @@ from PIL import Image
 
 import ebm_prior
 from ebm_prior import checkpoint
+from ebm_prior.backbones.nvae import NVAEBackbone
 from ebm_prior.commands import COMMANDS, main
-from ebm_prior.commands.train.job import take_statistics
 from ebm_prior.presets import PRESETS
 from ebm_prior.prior import EBMPrior
 from ebm_prior.training import run_state
@@ -134,8 +134,8 @@ def test_going_on_with_another_checkpoint_is_one_line(vae_file, tmp_path, capsys
     flags = ["--bn_readjust", "--bn_iterations", "1", "--lr_schedule", "epoch"]
     assert train(vae_file, tmp_path / "run", *flags, "--iterations", "1") == 0
     for told_of, other in (
-        ("backbone", small_vaes.vae(seed=1)),
-        ("of another model", small_vaes.vae(arch_instance="res_bnswish")),
+        ("was trained with backbone", small_vaes.vae(seed=1)),
+        ("they belong to another backbone", small_vaes.vae(arch_instance="res_bnswish")),
     ):
         file = small_vaes.written(tmp_path / "other.pt", other)
         again = [*flags, "--iterations", "2", "--resume", "auto"]
@@ -148,8 +148,8 @@ def test_going_on_with_another_checkpoint_is_one_line(vae_file, tmp_path, capsys
 def test_statistics_of_a_wider_model_are_refused():
     model = small_vaes.vae()
     name = next(key for key in model.state_dict() if key.endswith("running_mean"))
-    with pytest.raises(ValueError, match=r"of another model \(other shapes\)"):
-        take_statistics(model, {name: torch.zeros(99)})
+    with pytest.raises(ValueError, match=r"have shape \(99,\).*belong to another backbone"):
+        NVAEBackbone(model).with_bn_statistics({name: torch.zeros(99)})
 
 
 def test_a_dry_run_prints_the_settings_and_touches_nothing(vae_file, tmp_path, capsys):

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from ebm_prior.trainer import Summary, Trainer
     from ebm_prior.training.batches import Batches
     from nvae.data import ImageSet
-    from nvae.model import AutoEncoder
     from nvae.runtime import Runtime
 
 LARGE = 10_000  # latent values from which a CPU is not enough
@@ -158,7 +157,6 @@ def make_trainer(
     import torch
 
     from ebm_prior import kinds
-    from ebm_prior.backbones.nvae import NVAEBackbone, bn_statistics
     from ebm_prior.trainer import Trainer
     from ebm_prior.training import run_state
 
@@ -170,18 +168,10 @@ def make_trainer(
     check_disk(command.out, sum(p.numel() for p in prior.learned.parameters()))
 
     statistics = None
-    if command.settings["bn_readjust"]:  # in place: the backbone is a view of the VAE
-        if not isinstance(backbone, NVAEBackbone) or not list(backbone.model.batch_norms()):
-            raise ValueError(
-                "this VAE has no BatchNorm to re-estimate; give --no-bn_readjust, or a preset"
-                " without it"
-            )
-        vae: Any = backbone.live
-        if state is None:
-            readjust(command, vae, here, say)
-        else:
-            take_statistics(vae, state["bn_statistics"])
-        statistics = bn_statistics(vae)
+    if command.settings["bn_readjust"]:
+        statistics = bn_statistics(command, backbone, state, here, say)
+        use: Any = backbone
+        prior = prior.on(use.with_bn_statistics(statistics))
     trainer = Trainer(
         prior.to(here.device),
         batches,
@@ -201,40 +191,35 @@ def make_trainer(
     return trainer
 
 
-def readjust(command: Run, vae: AutoEncoder, here: Runtime, say: Say) -> None:
-    """Re-estimate the VAE's BatchNorm statistics in place, at temperature 1."""
+def bn_statistics(
+    command: Run, backbone: Opened, state: dict[str, Any] | None, here: Runtime, say: Say
+) -> dict[str, Tensor]:
+    """The VAE's BatchNorm statistics re-estimated, or those that the run began with.
+
+    Raises:
+        ValueError: a VAE that has none.
+    """
     from ebm_prior import parallel
     from ebm_prior.seeds import seeded
-    from nvae import batchnorm
 
+    readjust = getattr(backbone, "readjust_bn", None)
+    if readjust is None:
+        raise ValueError(
+            "this VAE has no BatchNorm statistics to re-estimate; give --no-bn_readjust, or a"
+            " preset without it"
+        )
+    if state is not None:
+        return state["bn_statistics"]
     count, size = command.settings["bn_iterations"], command.settings["batch_size"]
     say(f"re-estimating the VAE's BatchNorm statistics from {count} x {size} of its samples")
-    batchnorm.readjust(
-        vae,
-        temperature=1.0,
+    statistics = readjust(
         iterations=count,
         batch_size=size,
         generator=seeded(here.device, command.options["seed"], here.rank, BN_KEY),
         progress=here.is_main,
     )
-    parallel.broadcast_tensors(list(vae.buffers()))
-
-
-def take_statistics(vae: AutoEncoder, statistics: dict[str, Tensor]) -> None:
-    """Go on with the BatchNorm statistics that a run began with.
-
-    Raises:
-        ValueError: they are of another model.
-    """
-    try:
-        left = vae.load_state_dict(statistics, strict=False).unexpected_keys
-    except RuntimeError:
-        left = ["other shapes"]
-    if left:
-        raise ValueError(
-            f"last.pt holds BatchNorm statistics of another model ({left[0]}); give the"
-            " --checkpoint that the run began with, or another --out"
-        )
+    parallel.broadcast_tensors(list(statistics.values()))
+    return statistics
 
 
 def check_disk(out: Path, parameters: int) -> None:

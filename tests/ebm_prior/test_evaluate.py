@@ -9,8 +9,7 @@ from PIL import Image
 from ebm_prior import checkpoint
 from ebm_prior.backbones.nvae import NVAEBackbone
 from ebm_prior.commands import main
-from ebm_prior.commands.evaluate.rows import Row
-from ebm_prior.commands.evaluate.table import summary
+from ebm_prior.commands.shared.rows import Row, summary
 from ebm_prior.commands.shared.samples import Sampled
 from ebm_prior.joint import JointPrior
 from ebm_prior.kinds import build

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ebm_prior.base import Prior
 from ebm_prior.commands.evaluate import LARGEST_FIT
-from ebm_prior.commands.shared.samples import Draw
+from ebm_prior.commands.shared.rows import Row, drawn_by, gaussian_row
 from ebm_prior.commands.shared.session import Job
 from ebm_prior.config import PriorConfig
 from ebm_prior.fitted import FittedPrior
@@ -33,28 +33,6 @@ KINDS = {
 }
 
 
-@dataclass(frozen=True)
-class Row:
-    """A set of images to draw.
-
-    Attributes:
-        key: of the random numbers: rows of one kind share their noise.
-        facts: what defines the row, for the report.
-        most: images there are; None: as many as wanted.
-        prepare: called by all processes before the first draw.
-    """
-
-    name: str
-    label: str
-    draw: Draw
-    backbone: Any
-    key: str
-    prior: Prior | None = None
-    facts: dict[str, Any] = field(default_factory=dict)
-    most: int | None = None
-    prepare: Callable[[], None] | None = None
-
-
 def all_rows(job: Job, images: Tensor | None) -> list[Row]:
     """Gaussian, controls, the priors given, reconstructions; everything is opened and checked.
 
@@ -67,31 +45,20 @@ def all_rows(job: Job, images: Tensor | None) -> list[Row]:
     priors = [job.open_prior(path) for path in args.prior]
     first = priors[0] if priors else None
     backbone = first.backbone if first else job.backbone
-    dim, device = backbone.layout.dim, job.here.device
-
-    def gaussian(first: int, count: int, generator: torch.Generator) -> Tensor:
-        return torch.randn(count, dim, generator=generator, device=device)
-
-    rows = [Row("gaussian", "Gaussian prior", gaussian, backbone, "gaussian")]
+    rows = [gaussian_row(job, backbone)]
     if args.controls is not False:
         rows += _chains(priors)
         given = any(prior.config.kind == "fitted" for prior in priors)
+        dim = backbone.layout.dim
         if images is not None and not given and (args.controls or _fits(images, dim)):
             rows.append(_fitted(replace(job, prior=first), images))
     for path, prior in zip(args.prior, priors, strict=True):
         name, label = KINDS[prior.config.kind]
         facts = {"prior": str(path), "sha256": sha256(path), "config": prior.config.to_dict()}
-        rows.append(Row(name, label, _from(prior), prior.backbone, name, prior, facts))
+        rows.append(Row(name, label, drawn_by(prior), prior.backbone, name, prior, facts))
     if args.reconstruction and images is not None:
-        rows.append(_reconstructions(images, device, backbone))
+        rows.append(_reconstructions(images, job.here.device, backbone))
     return _told_apart(rows)
-
-
-def _from(prior: Prior, **drawing: Any) -> Draw:
-    def draw(first: int, count: int, generator: torch.Generator) -> Tensor:
-        return prior.sample_u(count, generator=generator, **drawing)
-
-    return draw
 
 
 def _chains(priors: Sequence[Prior]) -> list[Row]:
@@ -102,11 +69,9 @@ def _chains(priors: Sequence[Prior]) -> list[Row]:
             continue
         names = ("max_T", "num_steps", "b2", "step_rule", "last_step_kernel")
         facts = {name: getattr(prior.config, name) for name in names}
-        draw = _from(prior, zero_energy=True)
-        row = Row(
-            *("no_model_chain", "chain, f = 0", draw, prior.backbone, "no_model_chain"),
-            facts=facts,
-        )
+        draw = drawn_by(prior, zero_energy=True)
+        name = "no_model_chain"
+        row = Row(name, "chain, f = 0", draw, prior.backbone, name, facts=facts)
         rows.setdefault(json.dumps(facts), row)
     return list(rows.values())
 
@@ -129,8 +94,9 @@ def _fitted(job: Job, images: Tensor) -> Row:
     found: list[Prior] = []
 
     def fit() -> None:
-        u = job.infer(draws, "fit").to(job.here.device)
-        found[:] = [FittedPrior.fit(backbone, config, u)]
+        if not found:
+            u = job.infer(draws, "fit").to(job.here.device)
+            found.append(FittedPrior.fit(backbone, config, u))
 
     def draw(first: int, count: int, generator: torch.Generator) -> Tensor:
         return found[0].sample_u(count, generator=generator)
@@ -151,11 +117,8 @@ def _reconstructions(images: Tensor, device: torch.device, backbone: Any) -> Row
         return backbone.infer(x, generator)
 
     facts = {"reconstructed": "training images, one posterior draw each"}
-    return Row(
-        *("reconstruction", "reconstructions", draw, backbone, "reconstruction"),
-        facts=facts,
-        most=len(images),
-    )
+    name = "reconstruction"
+    return Row(name, "reconstructions", draw, backbone, name, facts=facts, most=len(images))
 
 
 def _told_apart(rows: Sequence[Row]) -> list[Row]:

@@ -203,9 +203,9 @@ def _with_statistics(given: Any, statistics: dict[str, Tensor] | None) -> Backbo
     """The backbone that uses the file's BatchNorm statistics, if the file holds any."""
     if not hasattr(given, "infer"):
         # Late, so that a prior on a backbone of one's own never imports `nvae`.
-        from ebm_prior.backbones.nvae import NVAEBackbone
+        from ebm_prior.backbones.files import of_model
 
-        return NVAEBackbone(given, statistics)
+        return of_model(given, statistics)
     if statistics is None:
         return given
     use: Callable[..., Backbone] | None = getattr(given, "with_bn_statistics", None)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from torch import Tensor
 
 from ebm_prior.backbones import hvae_file, nvae
 from ebm_prior.backbones.hvae import HVAEBackbone
@@ -34,6 +37,15 @@ def open_backbone(path: str | os.PathLike[str], device: str | torch.device = "cp
             )
         return hvae_file.load(path, device)
     return nvae.load(path, device)
+
+
+def of_model(model: Any, bn_statistics: Mapping[str, Tensor] | None = None) -> Opened:
+    """The frozen backbone of a live model, which is an NVAE's.
+
+    Raises:
+        ValueError: it is none.
+    """
+    return nvae.NVAEBackbone(model, bn_statistics)
 
 
 def _is_safetensors(path: Path) -> bool:

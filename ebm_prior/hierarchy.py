@@ -51,6 +51,11 @@ def groups(layout: Layout, number: int = NUM_GROUPS) -> list[tuple[int, ...]]:
     ]
 
 
+def name_of(group: Sequence[int]) -> str:
+    """A group in words, for pictures and reports."""
+    return f"layers {group[0]}-{group[-1]}" if len(group) > 1 else f"layer {group[0]}"
+
+
 # --- three ways to a panel
 
 

@@ -119,6 +119,18 @@ class Row:
     saturation: float
 
 
+def row(frame: Frame, images: Tensor) -> Row:
+    """The numbers of a frame, and of the images decoded from it."""
+    return Row(
+        frame.t,
+        frame.step,
+        tuple(frame.f.tolist()),
+        tuple(frame.u_square.tolist()),
+        float(frame.gradient_norm),
+        saturation(images),
+    )
+
+
 def pooled(parts: Sequence[tuple[int, Row]]) -> Row:
     """The row of several blocks of chains, (number of chains, their row) each."""
     total = sum(count for count, _ in parts)
@@ -148,16 +160,16 @@ def verdict(
     Args:
         rows: of the long chains, in the order of the chain.
         distances: Fréchet distances after the `long` chains, after `short` ones of the trained
-            length, and of the `gaussian` prior; without them that item is left out.
+            length, and of the `gaussian` prior; without them that item stays open.
         below_gaussian: ask only that the long chains stay below the Gaussian prior, the rule for
             8x8 digits, where the prototype's ratio was 1.2 to 1.7.
 
     Returns:
-        Per item: `passed`, `required`, and what was found.
+        Per item: `passed` (None: open), `required`, and what was found.
     """
     squares = [value for row in rows for value in row.u_square]
     low, high = U_SQUARE
-    items = {
+    return {
         "u_square": {
             "passed": all(low <= value <= high for value in squares),
             "required": f"|u|^2/d of every layer in [{low}, {high}] at every recorded step",
@@ -165,10 +177,14 @@ def verdict(
             "highest": max(squares),
         },
         "saturation": _saturation(rows),
+        "frechet": _frechet(distances, below_gaussian),
     }
-    if distances is not None:
-        items["frechet"] = _frechet(distances, below_gaussian)
-    return items
+
+
+def passed(items: Mapping[str, Mapping[str, Any]]) -> bool | None:
+    """Of all items: False if one failed, None if none did but one is open."""
+    found = [item["passed"] for item in items.values()]
+    return False if False in found else None if None in found else True
 
 
 def _saturation(rows: Sequence[Row]) -> dict[str, Any]:
@@ -185,13 +201,15 @@ def _saturation(rows: Sequence[Row]) -> dict[str, Any]:
     }
 
 
-def _frechet(distances: Mapping[str, float], below_gaussian: bool) -> dict[str, Any]:
+def _frechet(distances: Mapping[str, float] | None, below_gaussian: bool) -> dict[str, Any]:
+    required = (
+        "Fréchet distance after the long chains below the Gaussian prior's"
+        if below_gaussian
+        else f"Fréchet distance at most {FRECHET_RATIO} x that of the trained length"
+    )
+    if distances is None:
+        return {"passed": None, "required": required}
     short, long, gaussian = (distances[name] for name in ("short", "long", "gaussian"))
     ratio = long / short if short else float("inf")
-    passed = long < gaussian if below_gaussian else ratio <= FRECHET_RATIO
-    required = (
-        "after the long chains below the Gaussian prior's"
-        if below_gaussian
-        else f"at most {FRECHET_RATIO} x that of the trained length"
-    )
-    return {"passed": passed, "required": required, "ratio": ratio, **distances}
+    good = long < gaussian if below_gaussian else ratio <= FRECHET_RATIO
+    return {"passed": good, "required": required, "ratio": ratio, **distances}

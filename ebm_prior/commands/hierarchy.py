@@ -123,7 +123,7 @@ def resample(job: Job) -> None:
         return [hierarchy.change(*pair) for pair in zip(images, kept, strict=True)]
 
     groups = hierarchy.groups(layout, args.groups)
-    named = [(name_of(layers), list(layers)) for layers in groups]
+    named = [(hierarchy.name_of(layers), list(layers)) for layers in groups]
     sets = [decoded(panel(job, reference, variants, layers)) for layers in groups]
     whole = decoded(variants)
     if not job.here.is_main:
@@ -175,12 +175,7 @@ def panel(job: Job, reference: Tensor, variants: Tensor, layers: tuple[int, ...]
         generator = job.generator("conditional", layers[0], first)
         return hierarchy.conditional(prior, kept, group.to(device), generator=generator)
 
-    return job.blocks(len(reference), name_of(layers), make)
-
-
-def name_of(layers: tuple[int, ...]) -> str:
-    """In pictures and reports."""
-    return f"layers {layers[0]}-{layers[-1]}" if len(layers) > 1 else f"layer {layers[0]}"
+    return job.blocks(len(reference), hierarchy.name_of(layers), make)
 
 
 def numbers(changes: list[Any], everything: Any) -> dict[str, Any]:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 
 import pytest
 import torch
 
-from ebm_prior import transitions
+from ebm_prior import checkpoint, kinds, transitions
+from ebm_prior.backbones.nvae import NVAEBackbone
+from ebm_prior.commands import main
+from ebm_prior.commands.shared.measure import Ruler
 from ebm_prior.config import PriorConfig
 from ebm_prior.prior import EBMPrior
 from ebm_prior.transitions import Row
-from tests.ebm_prior import toys
+from tests.ebm_prior import small_vaes, toys
 
 
 @pytest.fixture
@@ -91,7 +95,9 @@ DISTANCES = {"gaussian": 30.0, "short": 10.0, "long": 14.0}
 
 
 def failed(found):
-    return [name for name, item in found.items() if not item["passed"]]
+    names = [name for name, item in found.items() if item["passed"] is False]
+    assert transitions.passed(found) is not bool(names)
+    return names
 
 
 def test_a_healthy_chain_passes_every_item():
@@ -135,9 +141,92 @@ def test_on_digits_they_must_stay_below_the_gaussian_prior():
     ]
 
 
+def test_without_a_distance_the_verdict_stays_open():
+    found = transitions.verdict(rows())
+    assert found["frechet"]["passed"] is None
+    assert transitions.passed(found) is None
+    assert transitions.passed(transitions.verdict(rows(u_square=(2.0, 1.0)))) is False
+
+
 def test_blocks_are_pooled_by_their_number_of_chains():
     one = Row(0, 30, (1.0,), (2.0,), 3.0, 0.0)
     other = Row(0, 30, (4.0,), (2.0,), 9.0, 1.0)
     assert transitions.pooled([(2, one), (1, other)]) == Row(
         0, 30, (2.0,), (2.0,), 5.0, pytest.approx(1 / 3)
     )
+
+
+# --- the command
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder, vae = tmp_path_factory.mktemp("files"), small_vaes.vae()
+    backbone = NVAEBackbone(vae)
+    checkpoint.save(folder / "prior", small_vaes.prior(backbone, num_steps=4))
+    fitted = PriorConfig(backbone.layout.shapes, kind="fitted", max_T=1)
+    checkpoint.save(folder / "fitted", kinds.build(backbone, fitted))
+    return small_vaes.written(folder / "checkpoint.pt", vae), folder
+
+
+@pytest.fixture
+def run(files):
+    vae, folder = files
+
+    def run(out, *flags, prior="prior"):
+        paths = ["--checkpoint", vae, "--prior", folder / prior, "--out", out]
+        few = ["--num_samples", "5", "--batch_size", "3", "--shown", "2", "--device", "cpu"]
+        long = ["--long_steps", "7", "--long_every", "3"]
+        return main(["transitions", *map(str, paths), *few, *long, *flags])
+
+    return run
+
+
+@pytest.fixture
+def quick_ruler(monkeypatch):
+    """Pixels for features: no classifier to train."""
+
+    class Pixels:
+        title, protocol = "pixels", {}
+
+        def distance(self, images):
+            return float(images.std())
+
+    monkeypatch.setattr(Ruler, "of", staticmethod(lambda job, **settings: Pixels()))
+
+
+def test_the_command_traces_both_lengths_and_judges_the_long_one(
+    run, tmp_path, capsys, quick_ruler
+):
+    assert run(tmp_path) == 0
+    assert "no oversaturation after 7 steps per t" in capsys.readouterr().out
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names >= {"short.png", "long.png", "short_curves.png", "long_curves.png"}
+    report = json.loads((tmp_path / "report.json").read_text())
+    steps = [(row["t"], row["step"]) for row in report["long"]["rows"]]
+    assert steps == [(t, step) for t in (2, 1, 0) for step in (0, 3, 6, 7)]
+    assert [row["step"] for row in report["short"]["rows"][:5]] == [0, 1, 2, 3, 4]
+    assert all(len(row["f"]) == len(row["u_square"]) == 2 for row in report["long"]["rows"])
+    assert report["short"]["rows"][0] == report["long"]["rows"][0], "both from the same noise"
+    verdict = report["no_oversaturation"]
+    assert verdict.keys() == {"passed", "u_square", "saturation", "frechet"}
+    assert verdict["frechet"].keys() >= {"gaussian", "short", "long", "ratio"}
+    assert verdict["passed"] is all(
+        verdict[name]["passed"] for name in ("u_square", "saturation", "frechet")
+    )
+
+
+def test_short_chains_need_no_ruler_and_get_no_verdict(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(Ruler, "of", staticmethod(lambda *args, **settings: 1 / 0))
+    assert run(tmp_path, "--mode", "short", "--short_every", "2") == 0
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert [row["step"] for row in report["short"]["rows"]] == [0, 2, 4] * 3
+    assert report.keys() == {"short", "protocol"}
+
+
+def test_a_prior_without_a_chain_is_refused(run, tmp_path, capsys):
+    assert run(tmp_path / "out", prior="fitted") == 2
+    assert "a prior of kind fitted has no Langevin chain" in capsys.readouterr().err
+    assert run(tmp_path / "out", "--long_every", "0") == 2
+    assert "--long_every 0: expected at least 1" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -89,6 +89,7 @@ class Samples(NamedTuple):
         return Samples([self.posterior[i] for i in layers], [self.prior[i] for i in layers])
 
 
+@torch.enable_grad()
 def measure(
     train: Samples,
     choose: Samples,
@@ -156,8 +157,7 @@ def survey(
     networks: Sequence[str] = ("mlp", "conv"),
     steps: int = 300,
     generator: torch.Generator,
-    on_gap: Callable[[Gap], None] = lambda gap: None,
-) -> list[Gap]:
+) -> Iterator[Gap]:
     """The control, all layers with each network, then single layers with the better one.
 
     The control is the aggregate against itself, half of the images against the other half.
@@ -165,7 +165,9 @@ def survey(
     Args:
         u: (R, n, D), R posterior draws of n images, for training and choosing.
         held: (m, D), a draw each of m other images.
-        on_gap: called with each result as soon as it is there.
+
+    Yields:
+        Each result as soon as it is there.
 
     Raises:
         ValueError: too few images.
@@ -190,22 +192,22 @@ def survey(
         both(u[:, cut:].flatten(0, 1)),
         both(held, HELD_PRIOR),
     ]
-    found: list[Gap] = []
 
-    def add(compared: str, network: str, samples: list[Samples]) -> Gap:
-        found.append(
-            measure(*samples, network=network, compared=compared, steps=steps, generator=generator)
+    def gap(compared: str, network: str, samples: list[Samples]) -> Gap:
+        return measure(
+            *samples, network=network, compared=compared, steps=steps, generator=generator
         )
-        on_gap(found[-1])
-        return found[-1]
 
     draws = (len(u), len(u), 1)
     itself = [halves(z.posterior, n) for z, n in zip(against, draws, strict=True)]
-    add("control", networks[-1], itself)
-    best = max((add("all layers", name, against) for name in networks), key=lambda gap: gap.nats)
+    yield gap("control", networks[-1], itself)
+    whole = []
+    for network in networks:
+        whole.append(gap("all layers", network, against))
+        yield whole[-1]
+    best = max(whole, key=lambda gap: gap.nats).network
     for name, layers in parts(backbone.layout).items():
-        add(name, best.network, [z.of(layers) for z in against])
-    return found
+        yield gap(name, best, [z.of(layers) for z in against])
 
 
 def parts(layout: Layout) -> dict[str, list[int]]:
@@ -240,7 +242,7 @@ def advice(gaps: Sequence[Gap]) -> str:
             f"no hole to close: {amount} found, within the noise ({noise:.2f}); a prior can gain"
             " nothing that these networks see"
         )
-    text = "a prior can help here" if best.nats >= SMALL else "a small hole: a prior gains little"
+    text = "a prior can help here" if best.nats >= SMALL else "a small hole, little to gain"
     text += f": the {best.network} network tells posterior from prior by {amount} per image"
     text += f" (accuracy {best.accuracy:.2f})"
     if layers:

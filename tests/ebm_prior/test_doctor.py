@@ -12,6 +12,7 @@ from ebm_prior import checkpoint
 from ebm_prior.backbones.nvae import NVAEBackbone, bn_statistics
 from ebm_prior.commands import doctor
 from ebm_prior.fingerprint import fingerprint
+from ebm_prior.training import apex
 from tests.ebm_prior.small_vaes import prior, vae, written
 
 
@@ -49,7 +50,7 @@ def test_the_machine_is_always_looked_at(diagnose):
     ("reason", "text"), [("absent", "not needed; absent"), (None, "--optimizer apex_adam")]
 )
 def test_apex_is_told_to_be_fit_or_not_needed(diagnose, monkeypatch, reason, text):
-    monkeypatch.setattr(doctor.apex, "why_not", lambda: reason)
+    monkeypatch.setattr(apex, "why_not", lambda: reason)
     verdict, told = diagnose()[1]["apex"]
     assert verdict == "ok"
     assert text in told

@@ -1,10 +1,8 @@
-"""`ebm_prior doctor`: what fits together, what is wrong, and what to do about it."""
+"""What the doctor looks at: the machine, a VAE's file, a prior's, a folder of images."""
 
 from __future__ import annotations
 
-import argparse
 import importlib.metadata
-import json
 import platform
 import sys
 import time
@@ -17,14 +15,13 @@ from ebm_prior.training import apex
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ebm_prior.backbones.nvae import NVAEBackbone
-    from nvae.checkpoint import Checkpoint
+    from ebm_prior.backbones.files import Opened
 
-HELP = "read a checkpoint, a prior, a data folder and the machine; say what fits"
 OK, WARNING, PROBLEM = "ok", "warning", "PROBLEM"
 MiB = 2**20
 PACKAGES = {  # distribution -> what misses it
     "safetensors": "priors",
+    "matplotlib": "figures",
     "lmdb": "64 and 256 pixel data sets",
     "pillow": "pictures",
     "tensorboardX": "training curves",
@@ -43,55 +40,6 @@ class Check(NamedTuple):
 
 
 Checks = Iterator[Check]
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The command's flags."""
-    parser.add_argument("--checkpoint", help="an NVAE checkpoint")
-    parser.add_argument("--prior", help="a prior, compared with --checkpoint if that is given")
-    parser.add_argument("--data", help="the folder of a data set, or of images")
-    parser.add_argument(
-        "--dataset", help="what --data holds: a name, or 'folder' (default: the checkpoint's)"
-    )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (%(default)s)")
-    parser.add_argument(
-        "--dry_run", action="store_true", help="print the resolved settings and exit"
-    )
-
-
-def run(args: argparse.Namespace) -> int:
-    """Print the table; 1 if there is a problem."""
-    if args.dry_run:
-        names = ("checkpoint", "prior", "data", "dataset", "device")
-        print(json.dumps({name: getattr(args, name) for name in names}, indent=2))
-        return 0
-    found = list(_shown(examine(args)))
-    count = {verdict: sum(c.verdict == verdict for c in found) for verdict in (PROBLEM, WARNING)}
-    print(f"\n{count[PROBLEM]} problem(s), {count[WARNING]} warning(s)")
-    return 1 if count[PROBLEM] else 0
-
-
-def examine(args: argparse.Namespace) -> Checks:
-    """All checks that the arguments ask for; the machine is always looked at."""
-    yield from _guarded("machine", machine)
-    checkpoint = backbone = None
-    if args.checkpoint:
-        from ebm_prior.backbones.nvae import NVAEBackbone
-        from nvae import checkpoint as nvae_checkpoint
-        from nvae import runtime
-
-        try:
-            device = runtime.pick_device(args.device)
-            checkpoint = nvae_checkpoint.read(args.checkpoint)
-            backbone = NVAEBackbone(nvae_checkpoint.build(checkpoint).to(device))
-        except ValueError as error:
-            yield Check(PROBLEM, "checkpoint", str(error))
-        else:
-            yield from _guarded("checkpoint", lambda: of_checkpoint(checkpoint, backbone))
-    if args.prior:
-        yield from _guarded("prior", lambda: of_prior(args.prior, backbone))
-    if args.data:
-        yield from _guarded("data", lambda: of_data(args.data, args.dataset, checkpoint))
 
 
 def machine() -> Checks:
@@ -129,16 +77,21 @@ def machine() -> Checks:
             yield Check(WARNING, name, f"not installed; needed for {purpose}: pip install {name}")
 
 
-def of_checkpoint(checkpoint: Checkpoint, backbone: NVAEBackbone) -> Checks:
+def of_checkpoint(path: str, backbone: Opened) -> Checks:
     """The file, its BatchNorm statistics, its latents, one sample and the memory of a chain."""
     import torch
 
-    config, model = checkpoint.config, backbone.model
+    from ebm_prior.backbones.nvae import NVAEBackbone
+    from nvae import checkpoint
+
+    model, kind = backbone.model, "small hierarchical VAE"
+    if isinstance(backbone, NVAEBackbone):
+        kind = f"{backbone.config.arch_instance}, {checkpoint.read(path).epoch} epochs"
     count = sum(p.numel() for p in model.parameters())
     yield Check(
         OK,
         "checkpoint",
-        f"{config.dataset}, {config.arch_instance}, {checkpoint.epoch} epochs,"
+        f"{backbone.config.dataset}, {kind},"
         f" {count:,} parameters ({4 * count / MiB:.0f} MiB), all finite",
     )
     yield Check(OK, "fingerprint", backbone.fingerprint())
@@ -167,19 +120,23 @@ def of_checkpoint(checkpoint: Checkpoint, backbone: NVAEBackbone) -> Checks:
     )
 
 
-def of_prior(path: str, backbone: NVAEBackbone | None) -> Checks:
-    """The file, whether it belongs to the backbone, and one short chain."""
+def of_prior(path: str, backbone: Opened | None) -> Checks:
+    """The file, whether it belongs to the backbone, and one sample of a short chain."""
     from ebm_prior import checkpoint
 
     file = checkpoint.read(path)
     config = file.config
     count = sum(value.numel() for value in file.learned.values())
+    what = f"{config.kind}, {count:,} values, all finite"
+    if config.kind != "fitted":
+        what += f"; {config.network} networks of width {config.width}"
+    if config.kind in ("diffusion", "joint"):
+        what += f"; max_T {config.max_T}, {config.num_steps} steps, b2 {config.b2:g}"
     yield Check(
         OK,
         "prior",
-        f"{config.network} networks of width {config.width}, {count:,} values, all finite;"
-        f" max_T {config.max_T}, {config.num_steps} steps, b2 {config.b2:g}, preset"
-        f" {config.preset}; training step {file.step}, written by version {file.version}",
+        f"{what}; preset {config.preset}; training step {file.step}, written by version"
+        f" {file.version}",
     )
     if file.bn_statistics:
         yield _batch_norm(file.bn_statistics)
@@ -189,19 +146,23 @@ def of_prior(path: str, backbone: NVAEBackbone | None) -> Checks:
     prior = checkpoint.load(path, backbone)
     yield Check(OK, "backbone", "the prior was trained on this checkpoint")
 
-    import torch
+    from ebm_prior.prior import EBMPrior
+    from ebm_prior.seeds import seeded
 
-    generator = torch.Generator().manual_seed(0)
-    u = prior.sample_u(1, generator=generator, num_steps=1)
-    images = prior.backbone.decode(u, generator=generator)
-    yield _sample("ebm sample", images, f" after {config.max_T} Langevin steps")
+    generator = seeded(prior.device, 0)
+    if isinstance(prior, EBMPrior):
+        u = prior.sample_u(1, generator=generator, num_steps=1)
+        more = f" after {config.max_T} Langevin steps"
+    else:
+        u, more = prior.sample_u(1, generator=generator), ""
+    yield _sample("ebm sample", prior.backbone.decode(u, generator=generator), more)
 
 
-def of_data(folder: str, name: str | None, checkpoint: Checkpoint | None) -> Checks:
+def of_data(folder: str | None, name: str | None, backbone: Opened | None) -> Checks:
     """Whether the folder can be read, and fits the model."""
     from nvae import data
 
-    config = None if checkpoint is None else checkpoint.config
+    config = None if backbone is None else backbone.config
     name = name or (config.dataset if config else "folder")
     if name == "folder" and config is None:
         yield Check(PROBLEM, "data", "a folder of images is fitted to a model: give --checkpoint")
@@ -254,7 +215,7 @@ def _sample(subject: str, images: Tensor, more: str) -> Check:
     return Check(WARNING if flat else OK, subject, text + (": one flat colour" if flat else ""))
 
 
-def _kept(backbone: NVAEBackbone, u: Tensor) -> int:
+def _kept(backbone: Opened, u: Tensor) -> int:
     """Bytes that autograd keeps of the map u -> z for its backward pass, the weights apart."""
     import torch
 
@@ -272,7 +233,7 @@ def _kept(backbone: NVAEBackbone, u: Tensor) -> int:
     return sum(storages.values())
 
 
-def _guarded(subject: str, checks: Callable[[], Checks]) -> Checks:
+def guarded(subject: str, checks: Callable[[], Checks]) -> Checks:
     """What the code refuses is a line of the table."""
     try:
         yield from checks()
@@ -280,7 +241,7 @@ def _guarded(subject: str, checks: Callable[[], Checks]) -> Checks:
         yield Check(PROBLEM, subject, " ".join(str(error).split()))
 
 
-def _shown(checks: Checks) -> Checks:
+def shown(checks: Checks) -> Checks:
     """Print each check as soon as it is known."""
     for check in checks:
         print(f"{check.verdict:<9}{check.subject:<17}{check.text}", flush=True)

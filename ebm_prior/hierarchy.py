@@ -25,7 +25,7 @@ from ebm_prior.schedule import Schedule
 
 NUM_GROUPS = 4
 LOW_PASS = 8  # the published images' down-sampling
-SIGNIFICANT = 2.0  # standard errors
+SIGNIFICANT = 3.0  # standard errors
 
 
 def groups(layout: Layout, number: int = NUM_GROUPS) -> list[tuple[int, ...]]:

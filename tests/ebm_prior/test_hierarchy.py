@@ -226,6 +226,27 @@ def test_falling_is_told_beyond_the_error_only(shares, expected):
     assert hierarchy.falls(steps) is expected
 
 
+def test_a_top_that_shifts_above_a_bottom_that_roughens_falls(generator):
+    board = torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).repeat(8, 8)
+    board[0] = 1.0  # not wholly without block means
+
+    def decode(u):
+        return 0.5 + 0.1 * (u[:, :1, None, None] + u[:, 1:, None, None] * board)
+
+    panels = []
+    for layer in (0, 1):
+        group = Layout(((1,), (1,))).mask([layer])
+        found = []
+        for _ in range(20):
+            reference, variants = (torch.randn(n, 2, generator=generator) for n in (1, 8))
+            new = hierarchy.swap(reference, variants, group)
+            found.append(hierarchy.change(decode(new), decode(reference)))
+        panels.append(found)
+    step = hierarchy.fall(*panels)
+    assert step.by > 0.8
+    assert hierarchy.falls([step]) is True
+
+
 def test_one_reference_cannot_tell():
     step = hierarchy.fall([Change(1.0, 0.9)], [Change(1.0, 0.1)])
     assert step.standard_error is None

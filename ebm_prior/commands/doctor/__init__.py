@@ -106,7 +106,7 @@ def examine(args: argparse.Namespace, results: dict[str, Any]) -> Checks:
         except ValueError as error:
             yield Check(PROBLEM, "checkpoint", str(error))
         else:
-            yield from guarded("checkpoint", lambda: checks.of_checkpoint(args.checkpoint, opened))
+            yield from guarded("checkpoint", lambda: checks.of_checkpoint(opened))
     if args.prior:
         yield from guarded("prior", lambda: checks.of_prior(args.prior, backbone))
         if backbone is not None and args.chains != 0:

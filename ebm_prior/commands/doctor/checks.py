@@ -77,21 +77,17 @@ def machine() -> Checks:
             yield Check(WARNING, name, f"not installed; needed for {purpose}: pip install {name}")
 
 
-def of_checkpoint(path: str, backbone: Opened) -> Checks:
+def of_checkpoint(backbone: Opened) -> Checks:
     """The file, its BatchNorm statistics, its latents, one sample and the memory of a chain."""
     import torch
 
-    from ebm_prior.backbones.nvae import NVAEBackbone
-    from nvae import checkpoint
-
-    model, kind = backbone.model, "small hierarchical VAE"
-    if isinstance(backbone, NVAEBackbone):
-        kind = f"{backbone.config.arch_instance}, {checkpoint.read(path).epoch} epochs"
+    model = backbone.model
+    kind = type(backbone).__name__.removesuffix("Backbone")
     count = sum(p.numel() for p in model.parameters())
     yield Check(
         OK,
         "checkpoint",
-        f"{backbone.config.dataset}, {kind},"
+        f"{kind} of {backbone.config.dataset},"
         f" {count:,} parameters ({4 * count / MiB:.0f} MiB), all finite",
     )
     yield Check(OK, "fingerprint", backbone.fingerprint())

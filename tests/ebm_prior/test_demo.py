@@ -97,8 +97,8 @@ def test_the_text_counts_the_seeds_in_which_the_prior_beats_the_fitted_gaussian(
 
 
 def test_a_training_run_that_fails_is_told_with_its_last_words(tmp_path):
-    job = Job(tmp_path / "missing.pt", 0, tmp_path / "run")
-    job.start(iterations=2)
+    job = Job(tmp_path / "missing.pt", 0, tmp_path / "run", iterations=2)
+    job.start()
     job.process.wait()
     with pytest.raises(ValueError, match=r"missing\.pt: no such file"):
         job.done()

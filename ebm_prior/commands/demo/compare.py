@@ -16,7 +16,7 @@ from torch import Tensor
 import ebm_prior
 from ebm_prior.commands.demo import Settings
 from ebm_prior.commands.demo.measure import FIT_DRAWS, KINDS, draw, table
-from ebm_prior.commands.demo.training import Job, train
+from ebm_prior.commands.demo.training import Job
 from ebm_prior.commands.shared.classifier import train_classifier
 from ebm_prior.commands.shared.measure import (
     CONFIDENT,
@@ -25,6 +25,7 @@ from ebm_prior.commands.shared.measure import (
     PixelComponents,
 )
 from ebm_prior.commands.shared.panels import save_panels
+from ebm_prior.commands.shared.trainings import train
 from ebm_prior.files import written_whole
 from ebm_prior.prior import EBMPrior
 from nvae import checkpoint, data
@@ -50,10 +51,11 @@ def run(settings: Settings, backbone_kl1: Path) -> None:
     reference = torch.cat([x, x_held_out])
     ruler = ClassifierRuler(classifier, PixelComponents.of(reference), reference)
 
-    jobs = [Job(backbone, seed, settings.out / f"seed-{seed}") for seed in settings.seeds]
-    extra = Job(backbone_kl1, settings.seeds[0], settings.out / f"kl1-seed-{settings.seeds[0]}")
+    steps, first = settings.iterations, settings.seeds[0]
+    jobs = [Job(backbone, seed, settings.out / f"seed-{seed}", steps) for seed in settings.seeds]
+    extra = Job(backbone_kl1, first, settings.out / f"kl1-seed-{first}", steps)
     rows: dict[Path, dict[str, Any]] = {}
-    for job in train([*jobs, extra], settings.iterations, settings.jobs):
+    for job in train([*jobs, extra], settings.jobs, steps):
         prior = ebm_prior.load(job.prior, checkpoint.load(job.checkpoint))
         assert isinstance(prior, EBMPrior)
         samples = draw(prior, x, settings.num_samples, job.seed)

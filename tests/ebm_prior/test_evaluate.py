@@ -1,5 +1,6 @@
 """The command `evaluate` on a tiny VAE: rows, report, what is kept, what is refused."""
 
+import functools
 import json
 
 import pytest
@@ -9,6 +10,7 @@ from PIL import Image
 from ebm_prior import checkpoint
 from ebm_prior.backbones.nvae import NVAEBackbone
 from ebm_prior.commands import main
+from ebm_prior.commands.shared import measure
 from ebm_prior.commands.shared.rows import Row, summary
 from ebm_prior.commands.shared.samples import Sampled
 from ebm_prior.joint import JointPrior
@@ -26,6 +28,14 @@ SETTINGS = {
     "energy_scale": "none",
     "step_rule": "plain",
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _a_hasty_classifier():
+    hasty = functools.partial(measure.train_classifier, epochs=2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measure, "train_classifier", hasty)
+        yield
 
 
 @pytest.fixture(scope="module")

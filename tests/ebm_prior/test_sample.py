@@ -9,13 +9,14 @@ import pytest
 import torch
 from PIL import Image
 
-from ebm_prior import checkpoint
+from ebm_prior import checkpoint, kinds
 from ebm_prior.backbones.nvae import NVAEBackbone
 from ebm_prior.commands import main
 from ebm_prior.commands.sample.drawing import chosen_labels
 from ebm_prior.commands.sample.table import Blocks
 from ebm_prior.config import PriorConfig
 from ebm_prior.coupling import Attribute
+from ebm_prior.ncp import context_shapes
 from ebm_prior.prior import EBMPrior
 from nvae.runtime import Runtime
 from tests.ebm_prior import small_vaes
@@ -91,6 +92,21 @@ def test_what_cannot_be_drawn_is_one_line(sample, tmp_path, capsys, flags, messa
     assert sample(tmp_path / "out", *flags) == 2
     assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("kind", ["joint", "fitted", "ncp"])
+def test_every_kind_is_drawn_and_shown_on_its_way(files, sample, tmp_path, kind):
+    _, folder = files
+    backbone = NVAEBackbone(small_vaes.vae())
+    settings = {"network": "mlp", "width": 8, "num_steps": 2, "b2": 0.05, "max_T": 1}
+    settings |= {"energy_scale": "none", "step_rule": "plain", "kind": kind}
+    if kind == "ncp":
+        settings["contexts"] = context_shapes(backbone)
+    config = PriorConfig(backbone.layout.shapes, **settings)
+    checkpoint.save(folder / kind, kinds.build(backbone, config))
+    assert sample(tmp_path, "--num_samples", "2", "--progressive", prior=kind) == 0
+    assert len(images(tmp_path)) == 2
+    assert (tmp_path / "progressive.png").exists()
 
 
 # --- labels

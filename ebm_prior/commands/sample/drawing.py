@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -154,13 +153,6 @@ class Drawing:
 
     def progressive(self, states: dict[int, Tensor]) -> None:
         """`progressive.png`: a row per image, a column per diffusion state, the noise first."""
-        if len(states) < 2:
-            kind = self.prior.config.kind
-            print(
-                f"note: a prior of kind {kind} draws u in one step: no progressive.png",
-                file=sys.stderr,
-            )
-            return
         settings = self.settings
         generator = seeded(self.prior.device, settings.seed, 0, PROGRESSIVE)
         decode = self.prior.backbone.decode

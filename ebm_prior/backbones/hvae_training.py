@@ -182,6 +182,8 @@ class HVAETrainer:
             self.optimizer.step()
             self.in_a_row = 0
             if self.ema is not None:
+                # Rising, or the initial weights would stay in the average of a short run.
+                self.ema.decay = min(settings.ema, (1 + self.step) / (10 + self.step))
                 self.ema.update()
         else:
             self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1

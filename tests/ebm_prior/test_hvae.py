@@ -465,6 +465,13 @@ def test_the_saved_weights_are_the_averaged_ones(tmp_path):
     assert not torch.equal(saved["start"], training.model.start)
 
 
+def test_the_average_of_a_short_run_forgets_where_it_began(tmp_path):
+    training = trainer(tmp_path, ema=0.999)
+    training.ema.shadow["start"].fill_(1000.0)  # of which 2e-4 should be left
+    training.run()
+    assert float(training.ema.shadow["start"].abs().max()) < 2
+
+
 def test_a_step_that_is_not_finite_or_far_too_steep_is_skipped(tmp_path, capsys):
     training = trainer(tmp_path, source=Acting(3, lambda batch: batch * math.nan), iterations=4)
     assert training.run().skipped == 1
@@ -531,7 +538,7 @@ def test_training_learns_and_the_bound_falls(tmp_path):
         ({"iterations": 0}, "iterations is 0"),
         ({"lr": math.nan}, "lr is nan"),
         ({"lr_end": 1.0}, "lr_end is 1.0, expected 0 to 0.001"),
-        ({"grad_skip": 1.0}, "grad_skip is 1.0, expected 100"),
+        ({"grad_skip": 0.5}, "grad_skip is 0.5, expected 1"),
         ({"amp": "fp8"}, "amp is 'fp8'"),
     ],
 )

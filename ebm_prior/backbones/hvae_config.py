@@ -165,7 +165,7 @@ SIZES = {
         {"widths": (96, 96, 48), "image_width": 0, "groups": 0},
     ),
     "tiny": Size(
-        "latents 4x2x2, 4x2x2, 4x4x4 of 8x8 digits; seconds",
+        "latents 4x2x2, 4x2x2, 4x4x4 of 8x8 digits; a minute",
         (4, 4, 4),
         (4, 4, 2),
         {"widths": (32, 32, 24), "image_width": 0, "cells": 1, "groups": 0},

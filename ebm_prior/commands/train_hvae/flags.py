@@ -41,11 +41,11 @@ examples:
     python -m ebm_prior train_hvae --dataset cifar10 --data data/cifar10 --size full \\
         --out runs/hvae --resume auto
 
-  CIFAR-10 on a CPU, for 25 minutes of now:
+  CIFAR-10 on a CPU, for the next 25 minutes:
     python -m ebm_prior train_hvae --dataset cifar10 --data data/cifar10 --size small \\
         --out runs/hvae_small --resume auto --max_minutes 25
 
-  8x8 digits, which need no download, in seconds:
+  8x8 digits, which need no download, in about a minute:
     python -m ebm_prior train_hvae --dataset digits --size tiny --kl_weight 0.5 --out runs/tiny
 
 then, for example (OUT/hvae.safetensors is given wherever a checkpoint is asked for):
@@ -123,7 +123,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="images of each half for report.json (%(default)s)",
     )
     main.add_argument("--dry_run", action="store_true", help="print the settings as JSON and stop")
-    group = parser.add_argument_group("the training (defaults: the size's)")
+    group = parser.add_argument_group("the training (defaults: the size's, shown by --dry_run)")
     kinds = {field.name: field.type for field in fields(HVAESettings)}
     for name, text in TRAINING_FLAGS.items():
         whole = kinds[name] == "int"

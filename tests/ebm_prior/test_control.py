@@ -247,7 +247,7 @@ def test_every_class_of_every_attribute_is_sampled_and_judged(
         assert sum(numbers["shares_without_label"]) == pytest.approx(1)
         assert found["classifiers"][name]["pixel_classifier"] > 0.8
         assert 0 <= found["classifiers"][name]["latent_classifier_1%_noise"] <= 1
-    assert found["protocol"]["label_steps"] == found["protocol"]["label_steps_recommended"] == 1
+    assert found["protocol"]["label_steps"] == found["protocol"]["label_steps_at_least"] == 1
     told = capsys.readouterr().out
     assert "parity: a classifier of pixels is right on" in told
     assert "of samples obey; chance 50.0%" in told

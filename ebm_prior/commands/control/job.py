@@ -6,11 +6,13 @@ import argparse
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ebm_prior import control as steering
 from ebm_prior.commands.control.judge import Judge, deviation
 from ebm_prior.commands.shared import figures, session
+from ebm_prior.commands.shared.panels import ENLARGED, TINY
 from ebm_prior.prior import EBMPrior
 from nvae import images
 
@@ -95,8 +97,8 @@ class Control:
         spread = [_ratio(deviation(x), of) for x, of in zip(every, real, strict=True)]
         if self.job.here.is_main:
             shown = [x[:SHOWN] for x in (*every, free)]
-            images.save_grid(
-                self.job.out / f"{name}.png",
+            self.save(
+                f"{name}.png",
                 torch.cat(shown),
                 columns=len(shown[0]),
                 row_labels=[*(f"{name} {word}" for word in labels.classes), "no label"],
@@ -113,7 +115,7 @@ class Control:
             )
         return {
             "agreement": round(agreement, 4),
-            "per_class": (counts.diagonal() / self.num).tolist(),
+            "per_class": [round(hits / self.num, 4) for hits in counts.diagonal().tolist()],
             "chance": round(1 / len(every), 4),
             "shares_without_label": judge.shares(name, free),
             "shares_gaussian_prior": judge.shares(name, gaussian),
@@ -132,8 +134,8 @@ class Control:
         }
         if self.job.here.is_main:
             shown = [x[:SHOWN] for x in (found, free)]
-            images.save_grid(
-                self.job.out / "set.png",
+            self.save(
+                "set.png",
                 torch.cat(shown),
                 columns=len(shown[0]),
                 row_labels=[self.words(self.asked, "\n"), "no label"],
@@ -169,8 +171,8 @@ class Control:
         if self.job.here.is_main:
             columns = [free, *every]
             steps = [("+ " if i else "") + self.words([one]) for i, one in enumerate(self.asked)]
-            images.save_grid(
-                self.job.out / "compose.png",
+            self.save(
+                "compose.png",
                 torch.stack([x[:COMPOSED] for x in columns], dim=1).flatten(0, 1),
                 columns=len(columns),
                 column_labels=[text.replace("=", "\n= ") for text in ("no label", *steps)],
@@ -181,6 +183,13 @@ class Control:
             "without_label": self._obeyed(free),
             "gaussian_prior": self._obeyed(gaussian),
         }
+
+    def save(self, name: str, x: Tensor, columns: int, **texts: Any) -> None:
+        """A labelled grid, tiny images enlarged smoothly."""
+        tiny = max(x.shape[-2:]) <= TINY
+        if tiny:
+            x = F.interpolate(x, scale_factor=ENLARGED, mode="bicubic").clamp(0, 1)
+        images.save_grid(self.job.out / name, x, columns, scale=1 if tiny else None, **texts)
 
     def _obeyed(self, x: Tensor) -> dict[str, Any]:
         """The share of images that show each attribute asked for, and all of them."""
@@ -214,7 +223,7 @@ def control(args: argparse.Namespace, words: list[tuple[str, str]]) -> None:
                 "samples": run.num,
                 "attributes": prior.config.to_dict()["attributes"],
                 "label_steps": prior.config.label_steps,
-                "label_steps_recommended": steering.label_steps_for(prior.schedule),
+                "label_steps_at_least": steering.label_steps_for(prior.schedule),
                 "guidance": args.guidance,
                 "agreement": "share that a classifier of pixels, trained on the labelled training"
                 " images, sees as asked for",
@@ -230,8 +239,8 @@ def control(args: argparse.Namespace, words: list[tuple[str, str]]) -> None:
 def told(content: dict[str, Any], protocol: dict[str, Any]) -> str:
     """The report in a few lines."""
     lines = [
-        f"Labels act at t < {protocol['label_steps']} (this schedule suggests"
-        f" {protocol['label_steps_recommended']}), guidance {protocol['guidance']:g}"
+        f"Labels act at t < {protocol['label_steps']} (this schedule needs at"
+        f" least {protocol['label_steps_at_least']}), guidance {protocol['guidance']:g}"
     ]
     for name, judged in content["classifiers"].items():
         lines.append(

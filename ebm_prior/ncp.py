@@ -106,8 +106,6 @@ class NCPPrior(Prior):
             callback: called with (1, noise), where the chains start and the first of the
                 proposals, and (0, u).
         """
-        noise = langevin.standard_normal(self.weight.new_empty(num, self.layout.dim), generator)
-        starts = self.layout.split(noise)
         backbone, sir = with_moments(self.backbone, PURPOSE), self.config.sampler == "sir"
         sizes: list[Tensor] = []
 
@@ -129,14 +127,18 @@ class NCPPrior(Prior):
 
         training_off = in_mode(self.classifiers, training=False)
         with training_off, frozen(self.classifiers), plain_numbers(self.device.type):
+            like = self.weight.new_empty(num, self.layout.dim)
+            noise = langevin.standard_normal(like, generator)
+            starts = self.layout.split(noise)
             u = ancestral(backbone, noise, choose)
-        if not u.isfinite().all():
+        self.last_ess = torch.stack(sizes, dim=1) if sir else None
+        # Of ratios that are not numbers no proposal wins: the sizes tell.
+        if not (u if self.last_ess is None else self.last_ess).isfinite().all():
             raise ValueError(
                 f"sampling by {self.config.sampler} left the finite numbers: the classifiers have"
                 " diverged, or b2 is too large for their gradients; train from an earlier state,"
                 " or set a smaller b2"
             )
-        self.last_ess = torch.stack(sizes, dim=1) if sir else None
         if callback is not None:
             callback(1, noise)
             callback(0, u)

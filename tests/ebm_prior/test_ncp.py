@@ -304,6 +304,18 @@ def test_diverged_classifiers_are_named(generator):
     prior = make(LinearGaussian((2, 2)), sampler="langevin", b2=1e30).double()
     with pytest.raises(ValueError, match="langevin left the finite numbers"):
         prior.sample_u(4, generator=generator)
+    prior = make(LinearGaussian((2, 2))).double()
+    with torch.no_grad():
+        prior.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="sir left the finite numbers"):
+        prior.sample_u(4, generator=generator)
+
+
+@pytest.mark.parametrize("sampler", ["sir", "langevin"])
+def test_it_draws_inside_inference_mode(sampler, seed, generator):
+    prior = Exact(seed, sampler=sampler, proposals=5, num_steps=2).prior
+    with torch.inference_mode():
+        assert prior.sample_u(3, generator=generator).shape == (3, 7)
 
 
 # --- networks and files --------------------------------------------------------------------------

@@ -32,7 +32,7 @@ class JointPrior(EBMPrior):
       multi-scale: a step on coordinates of deviation sigma neither overshoots nor diverges while
       e2 < 2 sigma^2, so the narrowest layer sets the pace of all.
 
-    The step size is e2 = b2 sigma_1^2, which is b2 but for 3e-5 of it.
+    The step size is e2 = b2 sigma_1^2, which is b2 but for 4e-5 of it.
 
     Raises:
         ValueError: settings of the diffusion model, or a backbone without `moments` for the

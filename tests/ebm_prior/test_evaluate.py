@@ -49,6 +49,8 @@ def files(tmp_path_factory):
     checkpoint.save(folder / "diffusion.safetensors", prior)
     joint = {**SETTINGS, "kind": "joint", "max_T": 1, "shapes": backbone.layout.shapes}
     checkpoint.save(folder / "joint.safetensors", build(backbone, type(prior.config)(**joint)))
+    ncp = {**joint, "kind": "ncp", "proposals": 8}
+    checkpoint.save(folder / "ncp.safetensors", build(backbone, type(prior.config)(**ncp)))
     checkpoint.save(folder / "other.safetensors", small_vaes.prior(other))
     return folder
 
@@ -162,6 +164,15 @@ def test_two_priors_of_a_kind_are_two_rows_with_the_same_noise(files, tmp_path, 
     told = capsys.readouterr().out
     assert "EBM prior 2" in told
     assert "classifier features, lower is better" in told
+
+
+def test_importance_resampling_tells_its_effective_sample_size(files, tmp_path, capsys):
+    flags = ["--no-reconstruction", "--no-controls"]
+    assert evaluate(files, tmp_path, *flags, priors=["ncp"]) == 0
+    sizes = report(tmp_path)["ncp"]["effective_sample_size"]
+    assert len(sizes) == 2
+    assert all(1 < size <= 8 for size in sizes)
+    assert "NCP prior: effective sample size of 8 proposals" in capsys.readouterr().out
 
 
 def test_a_prior_of_another_vae_is_refused_before_any_work(files, tmp_path, capsys):

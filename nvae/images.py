@@ -17,6 +17,7 @@ from nvae import runtime
 PADDING = 2  # white pixels between tiles
 MARGIN = 6  # and between labels and tiles
 TILE = 48  # smaller images are enlarged to about this many pixels
+TINY = 16  # up to here smoothly, or the eye sees squares before it sees digits
 
 
 def to_uint8(images: Tensor) -> Tensor:
@@ -80,8 +81,8 @@ def grid(
     Args:
         columns: images in a row; by default about as many as there are rows.
         caption: text above everything; line breaks are kept.
-        scale: whole-number enlargement without smoothing; by default tiny images are enlarged
-            until their pixels can be seen.
+        scale: whole-number enlargement, smooth for images of at most 16 pixels; by default small
+            images are enlarged until they can be seen.
 
     Raises:
         ValueError: no images, a shape that is not (N, 1 or 3, H, W), or a wrong number of labels.
@@ -97,6 +98,8 @@ def grid(
             raise ValueError(f"{len(labels)} {name} labels for {count} {name}s; expected {count}")
     scale = scale or max(1, round(TILE / max(images.shape[-2:])))
     tiles = [to_pil(image) for image in images]
+    tiny = max(images.shape[-2:]) <= TINY
+    resampling = Image.Resampling.BICUBIC if tiny else Image.Resampling.NEAREST
     height, width = images.shape[-2] * scale, images.shape[-1] * scale
     step_y, step_x = height + PADDING, width + PADDING
 
@@ -123,7 +126,7 @@ def grid(
     draw.multiline_text((MARGIN, MARGIN), caption, fill="black", font=font)
     for i, tile in enumerate(tiles):
         row, column = divmod(i, columns)
-        enlarged = tile.resize((width, height), Image.Resampling.NEAREST)
+        enlarged = tile.resize((width, height), resampling)
         canvas.paste(enlarged, (left + column * step_x, top + row * step_y))
     for row, text in enumerate(row_labels or ()):
         y = top + row * step_y + (height - size(text)[1]) // 2

@@ -184,9 +184,7 @@ class HVAETrainer:
             if self.ema is not None:
                 # Rising, or the initial weights would stay in the average of a short run.
                 self.ema.decay = min(settings.ema, (1 + self.step) / (10 + self.step))
-                # Shorter at first: the weights of the first steps are far from all later ones.
-                early = (1 + self.step) / (10 + self.step)
-                self.ema.update(min(self.ema.decay, early))
+                self.ema.update()
         else:
             self.skipped, self.in_a_row = self.skipped + 1, self.in_a_row + 1
             log.say(f"step {self.step + 1}: {reason}; no update")

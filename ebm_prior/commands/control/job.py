@@ -6,13 +6,11 @@ import argparse
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ebm_prior import control as steering
 from ebm_prior.commands.control.judge import Judge, deviation
 from ebm_prior.commands.shared import figures, session
-from ebm_prior.commands.shared.panels import ENLARGED, TINY
 from ebm_prior.prior import EBMPrior
 from nvae import images
 
@@ -97,8 +95,8 @@ class Control:
         spread = [_ratio(deviation(x), of) for x, of in zip(every, real, strict=True)]
         if self.job.here.is_main:
             shown = [x[:SHOWN] for x in (*every, free)]
-            self.save(
-                f"{name}.png",
+            images.save_grid(
+                self.job.out / f"{name}.png",
                 torch.cat(shown),
                 columns=len(shown[0]),
                 row_labels=[*(f"{name} {word}" for word in labels.classes), "no label"],
@@ -134,8 +132,8 @@ class Control:
         }
         if self.job.here.is_main:
             shown = [x[:SHOWN] for x in (found, free)]
-            self.save(
-                "set.png",
+            images.save_grid(
+                self.job.out / "set.png",
                 torch.cat(shown),
                 columns=len(shown[0]),
                 row_labels=[self.words(self.asked, "\n"), "no label"],
@@ -171,8 +169,8 @@ class Control:
         if self.job.here.is_main:
             columns = [free, *every]
             steps = [("+ " if i else "") + self.words([one]) for i, one in enumerate(self.asked)]
-            self.save(
-                "compose.png",
+            images.save_grid(
+                self.job.out / "compose.png",
                 torch.stack([x[:COMPOSED] for x in columns], dim=1).flatten(0, 1),
                 columns=len(columns),
                 column_labels=[text.replace("=", "\n= ") for text in ("no label", *steps)],
@@ -183,13 +181,6 @@ class Control:
             "without_label": self._obeyed(free),
             "gaussian_prior": self._obeyed(gaussian),
         }
-
-    def save(self, name: str, x: Tensor, columns: int, **texts: Any) -> None:
-        """A labelled grid, tiny images enlarged smoothly."""
-        tiny = max(x.shape[-2:]) <= TINY
-        if tiny:
-            x = F.interpolate(x, scale_factor=ENLARGED, mode="bicubic").clamp(0, 1)
-        images.save_grid(self.job.out / name, x, columns, scale=1 if tiny else None, **texts)
 
     def _obeyed(self, x: Tensor) -> dict[str, Any]:
         """The share of images that show each attribute asked for, and all of them."""

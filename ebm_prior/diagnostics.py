@@ -30,6 +30,9 @@ from ebm_prior.prior import EBMPrior
 
 COORDINATES = 64  # per layer, spread evenly, that R-hat and the effective sample size look at
 MIXED = 1.1  # the bound on R-hat of Bayesian Data Analysis, Section 11.5
+# A sampler keeps its last states only, which ask for less: with exponentially falling correlation
+# split R-hat is 1.5 after 4 relaxation times, when 2% of the start is left, and 1.1 after 20.
+FORGOTTEN = 1.5
 CARRIED = 0.5  # share of the move that makes f its carrier
 STILL = 0.2  # share of the way back to u_t below which a chain hardly moves
 ACCEPTED = 0.5  # below it the step's own bias is worth a word
@@ -50,6 +53,7 @@ class Layer(NamedTuple):
     r_hat: float | None
     effective_sample_size: float | None  # of the K states of a chain
     u_std: float  # of u_t
+    u_std_error: float  # of that, for independent coordinates
     travelled: float  # root mean square of u_t - u_{t+1} per coordinate
 
 
@@ -105,19 +109,21 @@ class Kernel:
         words = [f"injected noise {self.injected:.2g} per coordinate"]
         if self.mixes:
             name = "mixes"
+        elif self.r_hat is not None and self.r_hat < FORGOTTEN:
+            name = "forgets its start"
         elif self.needed and self.travelled < STILL * self.needed:
             name = "hardly moves"
             words.append(f"travels {self.travelled:.2g} of the {self.needed:.2g} back to u_t")
-        elif self.share["f"] > CARRIED:
+        elif self.share["f"] > CARRIED and self.travelled > self.injected:
             name = "learned short-run denoiser"
             words.append(f"the f gradient carries {self.share['f']:.0%} of the move")
         else:
             name = "short run, not equilibrated"
             parts = ("noise", "f", "gaussian")
             words.append(", ".join(f"{part} {self.share[part]:.0%} of the move" for part in parts))
-        if self.mixes and self.acceptance < ACCEPTED:
-            words.append("but too large a step: MALA would refuse most")
-        if max(layer.u_std for layer in self.layers) > WIDE:
+        if self.acceptance < ACCEPTED:
+            words.append(f"MALA would accept {self.acceptance:.0%}: smaller steps are truer")
+        if any(layer.u_std - 2 * layer.u_std_error > WIDE for layer in self.layers):
             words.append(f"u is wider than {WIDE}")
         return f"{name} ({'; '.join(words)})"
 
@@ -277,6 +283,7 @@ class _Record:
                     split_r_hat(drawn) if enough else None,
                     effective_sample_size(drawn) if enough else None,
                     float(u.std()),
+                    float(u.std()) / math.sqrt(2 * u.numel()),
                     _rms(moved),
                 )
                 for drawn, u, moved in layers

@@ -17,6 +17,7 @@ everything above it integrated out; the numbers of single layers do not add up t
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -98,7 +99,7 @@ def measure(
     network: str,
     compared: str = "all layers",
     steps: int = 300,
-    batch_size: int = 128,
+    batch_size: int = 64,
     lr: float = 3e-3,
     generator: torch.Generator,
 ) -> Gap:
@@ -119,8 +120,7 @@ def measure(
     critic = critic.to(like.device, like.dtype)
     optimiser = torch.optim.Adam(critic.parameters(), lr)
     decay = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - 0.9 * step / steps)
-    zero = torch.zeros(len(held.posterior[0])), torch.zeros(len(held.prior[0]))
-    best, (of_q, of_p) = 0.0, zero
+    best, cut, weights = 0.0, None, critic.state_dict()
     for step in range(1, steps + 1):
         real, drawn = (_batch(z, batch_size, generator) for z in train)
         loss = softplus(-critic(real)).mean() + softplus(critic(drawn)).mean()
@@ -129,12 +129,16 @@ def measure(
         optimiser.step()
         decay.step()
         if step * LOOKS // steps > (step - 1) * LOOKS // steps:
-            chosen_q, chosen_p = (_values(critic, z) for z in choose)
-            for cut in chosen_p.quantile(chosen_p.new_tensor(CUTS)):
-                bound = float(donsker_varadhan(chosen_q.clamp(max=cut), chosen_p.clamp(max=cut)))
+            of_q, of_p = (_values(critic, z) for z in choose)
+            for c in of_p.quantile(of_p.new_tensor(CUTS)):
+                bound = float(donsker_varadhan(of_q.clamp(max=c), of_p.clamp(max=c)))
                 if bound > best:
-                    best = bound
-                    of_q, of_p = (_values(critic, z).clamp(max=cut) for z in held)
+                    best, cut, weights = bound, c, copy.deepcopy(critic.state_dict())
+    critic.load_state_dict(weights)
+    if cut is None:
+        of_q, of_p = (torch.zeros(len(z[0]), dtype=torch.float64) for z in held)
+    else:
+        of_q, of_p = (_values(critic, z).clamp(max=cut) for z in held)
     weight = (of_p - of_p.max()).exp()  # delta method for the logarithm of a mean
     variance = of_q.var() / len(of_q) + weight.var() / len(of_p) / weight.mean().square()
     right = [side.sign().double().mean() / 2 + 0.5 for side in (of_q, -of_p)]

@@ -8,12 +8,29 @@ import json
 import pytest
 import torch
 
-from ebm_prior import checkpoint
+from ebm_prior import checkpoint, kinds
+from ebm_prior.backbones import hvae_file
+from ebm_prior.backbones.files import open_backbone
+from ebm_prior.backbones.hvae_config import HVAEConfig
+from ebm_prior.backbones.hvae_model import HVAE
 from ebm_prior.backbones.nvae import NVAEBackbone, bn_statistics
 from ebm_prior.commands import doctor
+from ebm_prior.commands.doctor import chains
+from ebm_prior.config import PriorConfig
 from ebm_prior.fingerprint import fingerprint
 from ebm_prior.training import apex
 from tests.ebm_prior.small_vaes import prior, vae, written
+
+SMALL_HVAE = HVAEConfig(
+    "digits",
+    (1, 8, 8),
+    latents=((2, 2, 2), (2, 4, 4)),
+    widths=(4, 4),
+    image_width=4,
+    cells=1,
+    groups=2,
+    levels=17,
+)
 
 
 @pytest.fixture
@@ -135,3 +152,92 @@ def test_a_dry_run_of_the_doctor_prints_what_it_would_look_at(capsys):
     doctor.add_arguments(parser)
     assert doctor.run(parser.parse_args(["--prior", "p.safetensors", "--dry_run"])) == 0
     assert json.loads(capsys.readouterr().out)["prior"] == "p.safetensors"
+
+
+def test_the_chains_of_a_prior_are_a_table_a_report_and_a_figure(tmp_path, diagnose, model):
+    path = written(tmp_path / "checkpoint.pt", model)
+    checkpoint.save(tmp_path / "p.safetensors", prior(NVAEBackbone(model)))
+    arguments = ("--checkpoint", path, "--prior", tmp_path / "p.safetensors")
+    out = tmp_path / "out"
+    status, table = diagnose(*arguments, "--chains", "8", "--num_steps", "4", "--out", out)
+    assert status == 0
+    assert "8 at each t, K = 4" in table["chains"][1]
+    assert {"t = 2", "t = 1", "t = 0", "layer 0", "layer 1"} <= table.keys()
+    assert "injected noise" in table["t = 0"][1]
+    report = json.loads((out / "report.json").read_text())
+    assert [row["t"] for row in report["chains"]["by_t"]] == [2, 1, 0]
+    assert report["chains"]["by_t"][0]["verdict"] in table["t = 2"][1]
+    assert report["checks"][0] == {
+        "verdict": "ok",
+        "subject": "python",
+        "text": table["python"][1],
+    }
+    assert report["protocol"]["settings"]["chains"] == 8
+    assert {file.name for file in out.iterdir()} == {"report.json", "chains.png"}
+    assert "chains" not in diagnose(*arguments, "--chains", "0")[1]
+
+
+def test_chains_that_would_take_long_are_left_to_those_who_ask(
+    tmp_path, diagnose, model, monkeypatch
+):
+    monkeypatch.setattr(chains, "PATIENCE", 0.0)
+    path = written(tmp_path / "checkpoint.pt", model)
+    checkpoint.save(tmp_path / "p.safetensors", prior(NVAEBackbone(model)))
+    arguments = ("--checkpoint", path, "--prior", tmp_path / "p.safetensors")
+    assert "ask with --chains" in diagnose(*arguments)[1]["chains"][1]
+    assert "t = 0" in diagnose(*arguments, "--chains", "2")[1]
+
+
+def test_a_diverged_prior_is_a_problem_of_its_chains(tmp_path, diagnose, model):
+    path = written(tmp_path / "checkpoint.pt", model)
+    wild = prior(NVAEBackbone(model), num_steps=30)
+    with torch.no_grad():
+        for parameter in wild.energies.parameters():
+            parameter.mul_(1e12)
+    checkpoint.save(tmp_path / "p.safetensors", wild)
+    status, table = diagnose(
+        "--checkpoint", path, "--prior", tmp_path / "p.safetensors", "--chains", "4"
+    )
+    assert status == 1
+    assert table["chains"][0] == "PROBLEM"
+    assert "left the finite numbers" in table["chains"][1]
+
+
+def test_another_kind_of_prior_on_an_hvae_is_looked_at_and_has_no_chains(tmp_path, diagnose):
+    hvae_file.save(tmp_path / "hvae.safetensors", HVAE(SMALL_HVAE))
+    backbone = open_backbone(tmp_path / "hvae.safetensors")
+    fitted = kinds.build(backbone, PriorConfig(shapes=backbone.layout.shapes, kind="fitted"))
+    checkpoint.save(tmp_path / "p.safetensors", fitted)
+    status, table = diagnose(
+        "--checkpoint", tmp_path / "hvae.safetensors", "--prior", tmp_path / "p.safetensors"
+    )
+    assert status == 0
+    assert "HVAE of digits" in table["checkpoint"][1]
+    assert "fitted is drawn without" in table["chains"][1]
+
+
+def test_the_hole_is_a_table_with_advice_a_report_and_a_figure(tmp_path, diagnose, model):
+    pytest.importorskip("sklearn")
+    path = written(tmp_path / "checkpoint.pt", model)
+    flags = ("--hole", "--hole_steps", "3", "--max_images", "120", "--out", tmp_path / "out")
+    status, table = diagnose("--checkpoint", path, *flags)
+    assert status == 0
+    assert {"control", "all layers", "layer 0", "layer 1", "posterior u std"} <= table.keys()
+    report = json.loads((tmp_path / "out" / "report.json").read_text())["hole"]
+    assert (report["images"], report["held_out"]) == (96, 24)
+    assert [gap["network"] for gap in report["gaps"][:3]] == ["conv", "mlp", "conv"]
+    assert report["advice"] == table["hole"][1]
+    assert (tmp_path / "out" / "hole.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("flags", "text"),
+    [
+        (["--hole"], "--hole needs --checkpoint"),
+        (["--chains", "1"], "--chains 1"),
+        (["--hole_steps", "0"], "--hole_steps 0"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_anything_is_read(diagnose, flags, text):
+    with pytest.raises(ValueError, match=text):
+        diagnose(*flags)

@@ -162,7 +162,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         },
         "kinds": {
             "joint": {"max_T": 1, "num_steps": 15, "b2": 0.15, "lr": 2e-3, "iterations": 200},
-            "ncp": {"max_T": 1, "squared_penalty": 0.0, "iterations": 1000},
+            "ncp": {"max_T": 1, "squared_penalty": 0.0, "iterations": 300},
             "fitted": {"draws": 1},
         },
     },

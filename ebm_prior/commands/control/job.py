@@ -23,7 +23,7 @@ class Control:
     """One run: what all modes need.
 
     Args:
-        chosen: (attribute, class number) per NAME=CLASS.
+        words: NAME, CLASS of the command line.
     """
 
     def __init__(self, job: session.Job, prior: EBMPrior, words: list[tuple[str, str]]) -> None:

@@ -11,8 +11,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ebm_prior.backbones import hvae_file, nvae
-from ebm_prior.backbones.hvae import HVAEBackbone
+from ebm_prior.backbones import nvae
+from ebm_prior.backbones.hvae import file as hvae_file
+from ebm_prior.backbones.hvae.backbone import HVAEBackbone
 
 Opened = nvae.NVAEBackbone | HVAEBackbone
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 
 from ebm_prior import checkpoint, kinds
-from ebm_prior.backbones import hvae_file
 from ebm_prior.backbones.files import open_backbone
-from ebm_prior.backbones.hvae_config import HVAEConfig
-from ebm_prior.backbones.hvae_model import HVAE
+from ebm_prior.backbones.hvae import file as hvae_file
+from ebm_prior.backbones.hvae.config import HVAEConfig
+from ebm_prior.backbones.hvae.model import HVAE
 from ebm_prior.backbones.nvae import NVAEBackbone, bn_statistics
 from ebm_prior.commands import doctor
 from ebm_prior.commands.doctor import chains

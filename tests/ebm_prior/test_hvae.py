@@ -14,20 +14,21 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from ebm_prior import checkpoint
-from ebm_prior.backbones import hvae_file, hvae_training
 from ebm_prior.backbones.files import open_backbone
-from ebm_prior.backbones.hvae import HVAEBackbone
-from ebm_prior.backbones.hvae_config import SIZES, HVAEConfig
-from ebm_prior.backbones.hvae_model import (
+from ebm_prior.backbones.hvae import file as hvae_file
+from ebm_prior.backbones.hvae import training as hvae_training
+from ebm_prior.backbones.hvae.backbone import HVAEBackbone
+from ebm_prior.backbones.hvae.config import SIZES, HVAEConfig
+from ebm_prior.backbones.hvae.model import (
     HVAE,
     Normal,
     discretised_logistic,
     kl_divergence,
     soft_clamp,
 )
-from ebm_prior.backbones.hvae_objective import measure, terms
-from ebm_prior.backbones.hvae_settings import HVAESettings
-from ebm_prior.backbones.hvae_training import MODEL, HVAETrainer
+from ebm_prior.backbones.hvae.objective import measure, terms
+from ebm_prior.backbones.hvae.settings import HVAESettings
+from ebm_prior.backbones.hvae.training import MODEL, HVAETrainer
 from ebm_prior.commands import main
 from ebm_prior.config import PriorConfig
 from ebm_prior.prior import EBMPrior

@@ -19,7 +19,7 @@ def test_the_digits_have_parity_and_loops_besides_their_class():
 
 
 def test_other_data_sets_have_no_parity():
-    with pytest.raises(ValueError, match="attribute .parity.; cifar10 has class"):
+    with pytest.raises(ValueError, match=r"attribute .parity.; cifar10 has class"):
         labels.load(["parity"], "cifar10", DIGITS, 4, train=True)
 
 

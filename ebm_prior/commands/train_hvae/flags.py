@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from ebm_prior.backbones.hvae_config import LIKELIHOODS, SIZES, HVAEConfig
-from ebm_prior.backbones.hvae_settings import HVAESettings
+from ebm_prior.backbones.hvae.config import LIKELIHOODS, SIZES, HVAEConfig
+from ebm_prior.backbones.hvae.settings import HVAESettings
 from nvae.arch import DATA_SETS
 
 NEVER_FLIPPED = ("mnist", "omniglot", "stacked_mnist", "digits")  # written signs

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from ebm_prior.backbones.hvae_training import HVAETrainer, Summary
+    from ebm_prior.backbones.hvae.training import HVAETrainer, Summary
     from nvae.data import ImageSet
     from nvae.runtime import Runtime
 
@@ -29,8 +29,8 @@ def train(command: Run, here: Runtime) -> int:
     """Check everything, train, measure what came out."""
     import torch
 
-    from ebm_prior.backbones.hvae_model import HVAE
-    from ebm_prior.backbones.hvae_training import HVAETrainer
+    from ebm_prior.backbones.hvae.model import HVAE
+    from ebm_prior.backbones.hvae.training import HVAETrainer
     from ebm_prior.training import run_state
     from ebm_prior.training.batches import Batches
     from nvae import data
@@ -105,7 +105,7 @@ def report(
     command: Run, trainer: HVAETrainer, halves: dict[str, ImageSet], summary: Summary
 ) -> dict[str, Any]:
     """Measure both halves with the saved weights, and write `report.json`."""
-    from ebm_prior.backbones.hvae_objective import measure
+    from ebm_prior.backbones.hvae.objective import measure
 
     size, seed = command.settings["batch_size"], command.settings["seed"]
     with trainer.evaluated() as model:

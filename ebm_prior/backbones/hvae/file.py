@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ebm_prior._version import __version__
-from ebm_prior.backbones.hvae import HVAEBackbone
-from ebm_prior.backbones.hvae_config import HVAEConfig
-from ebm_prior.backbones.hvae_model import HVAE
+from ebm_prior.backbones.hvae.backbone import HVAEBackbone
+from ebm_prior.backbones.hvae.config import HVAEConfig
+from ebm_prior.backbones.hvae.model import HVAE
 from ebm_prior.files import written_whole
 
 FORMAT, KIND = "1", "hvae"

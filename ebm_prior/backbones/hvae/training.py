@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 from ebm_prior import parallel
-from ebm_prior.backbones import hvae_file
-from ebm_prior.backbones.hvae import HVAEBackbone
-from ebm_prior.backbones.hvae_model import HVAE
-from ebm_prior.backbones.hvae_objective import terms
-from ebm_prior.backbones.hvae_settings import HVAESettings
+from ebm_prior.backbones.hvae import file as hvae_file
+from ebm_prior.backbones.hvae.backbone import HVAEBackbone
+from ebm_prior.backbones.hvae.model import HVAE
+from ebm_prior.backbones.hvae.objective import terms
+from ebm_prior.backbones.hvae.settings import HVAESettings
 from ebm_prior.files import written_whole
 from ebm_prior.seeds import seeded
 from ebm_prior.training import run_state

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ebm_prior.backbones.hvae_config import HVAEConfig
+from ebm_prior.backbones.hvae.config import HVAEConfig
 
 
 class Normal(NamedTuple):

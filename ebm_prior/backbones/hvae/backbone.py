@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ebm_prior.backbones.base import Moments
-from ebm_prior.backbones.hvae_model import HVAE, Choose, Normal
+from ebm_prior.backbones.hvae.model import HVAE, Choose, Normal
 from ebm_prior.fingerprint import fingerprint
 from ebm_prior.latents import Layout
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ebm_prior.backbones.hvae_model import HVAE
+from ebm_prior.backbones.hvae.model import HVAE
 from ebm_prior.seeds import seeded
 
 MEASURE_KEY = 2**31 + 1

@@ -12,15 +12,17 @@ def draw(out: Path, content: dict[str, Any]) -> None:
     """`chains.png` and `hole.png`, of what there is in a report."""
     if "chains" in content:
         kernels = content["chains"]["by_t"]
-        paths = {f"t = {kernel['t']}": kernel["f_path"] for kernel in kernels}
+        curves = {}
+        for kernel in kernels:
+            path, verdict = kernel["f_path"], kernel["verdict"].partition(" (")[0]
+            curves[f"t = {kernel['t']}: {verdict}"] = [f - path[0] for f in path]
         figures.lines(
             out / "chains.png",
             range(content["chains"]["num_steps"] + 1),
-            {label: [f - path[0] for f in path] for label, path in paths.items()},
+            curves,
             xlabel="Langevin step",
             ylabel="mean F since the start, nats",
-            title="F along the chains: level where they have arrived. "
-            + "; ".join(f"t = {kernel['t']}: {kernel['verdict']}" for kernel in kernels),
+            title=f"F along {content['chains']['num_chains']} chains: level where they arrived",
             hline=0.0,
         )
     if "hole" in content:

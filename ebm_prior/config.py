@@ -11,7 +11,7 @@ from ebm_prior.coupling import Attribute, checked
 from ebm_prior.latents import Layout
 from ebm_prior.schedule import LONGEST, STEP_RULES
 
-NETWORKS = ("residual", "conv", "mlp")
+NETWORKS = ("residual", "conv", "mlp", "map")
 ENERGY_SCALES = ("step", "none")
 KINDS = ("diffusion", "joint", "ncp", "fitted")
 #: Kinds with a choice of samplers, the default first.
@@ -27,7 +27,7 @@ class PriorConfig:
 
     Attributes:
         shapes: latent shapes, top first.
-        network: `residual` (variant A), `conv` (B) or `mlp` (C); `depth` is for `mlp` only.
+        network: `residual` (variant A), `conv` (B), `mlp` (C) or `map`; `depth` is for `mlp` only.
         max_T: N, diffusion steps.
         num_steps: K, Langevin steps per diffusion index.
         b2: the number behind the step size, see `Schedule.step_size`.

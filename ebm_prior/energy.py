@@ -235,12 +235,61 @@ class MLPEnergy(nn.Module):
         return self.out(y)
 
 
+class MapEnergy(nn.Module):
+    """Our own, for maps of any size, light and with biases; a vector counts as a map of 1x1.
+
+    conv3 plus E(t), then a local head (conv1, summed over the map) beside strided convolutions to
+    4x4, two residual conv3 and a dense head: local structure has a short way to the output
+    (contract, experiments.md, "Small HVAE").
+    """
+
+    def __init__(
+        self,
+        shape: Sequence[int],
+        width: int = 64,
+        spectral_norm: bool = False,
+        outputs: int = 1,
+    ) -> None:
+        super().__init__()
+
+        def dense(size_in: int, size_out: int) -> nn.Module:
+            return linear(size_in, size_out, spectral_norm, bias=True)
+
+        def conv3(size_in: int, stride: tuple[int, int] = (1, 1)) -> nn.Module:
+            layer = SNConv2d if spectral_norm else nn.Conv2d
+            return layer(size_in, width, 3, stride, padding=1)
+
+        channels, high, wide = self.shape = (*shape, 1, 1)[:3]
+        self.time = nn.Sequential(dense(EMBEDDING, width), nn.SiLU(), dense(width, width))
+        self.first = conv3(channels)
+        self.local = nn.Sequential(nn.SiLU(), nn.Conv2d(width, outputs, 1))
+        self.down = nn.Sequential()
+        while max(high, wide) > 4:
+            stride = (2 if high > 4 else 1, 2 if wide > 4 else 1)
+            self.down.extend([nn.SiLU(), conv3(width, stride)])
+            high, wide = -(-high // stride[0]), -(-wide // stride[1])
+        self.blocks = nn.ModuleList(nn.Sequential(nn.SiLU(), conv3(width)) for _ in range(2))
+        self.out = nn.Sequential(
+            nn.SiLU(), nn.Flatten(), dense(width * high * wide, 64), nn.SiLU(), dense(64, outputs)
+        )
+
+    def forward(self, z: Tensor, t: Tensor) -> Tensor:
+        """z (B, \\*shape), t (B,) -> f (B, outputs)."""
+        e = self.time(time_embedding(t).to(z.dtype))
+        y = self.first(z.reshape(-1, *self.shape)) + e[..., None, None]
+        local = self.local(y).sum((2, 3)) / math.sqrt(math.prod(self.shape[1:]))
+        y = self.down(y)
+        for block in self.blocks:
+            y = y + block(y)
+        return self.out(y) + local
+
+
 def net_of(config: PriorConfig, shape: Sequence[int], outputs: int = 1) -> nn.Module:
     """A fresh network as a prior's configuration asks for, on inputs of this shape."""
     width, sn = config.width, config.spectral_norm
     if config.network == "mlp":
         return MLPEnergy(shape, width, config.depth, sn, outputs)
-    variant = {"residual": ResidualEnergy, "conv": ConvEnergy}[config.network]
+    variant = {"residual": ResidualEnergy, "conv": ConvEnergy, "map": MapEnergy}[config.network]
     return variant(shape, width, sn, outputs)
 
 

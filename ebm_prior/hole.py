@@ -157,7 +157,7 @@ def survey(
     u: Tensor,
     held: Tensor,
     *,
-    networks: Sequence[str] = ("mlp", "conv"),
+    networks: Sequence[str] = ("mlp", "map"),
     steps: int = 300,
     generator: torch.Generator,
 ) -> Iterator[Gap]:
@@ -234,7 +234,7 @@ def statistics(layout: Layout, u: Tensor) -> list[LayerStatistics]:
 def advice(gaps: Sequence[Gap]) -> str:
     """What the numbers say about training a prior, in words.
 
-    `conv` is a light network with biases: it says that local structure is there to be learned,
+    `map` is a light network with biases: it says that local structure is there to be learned,
     which the published convolutional energies, deep and without biases, learn more slowly.
     """
     (control,) = (gap for gap in gaps if gap.compared == "control")

@@ -225,7 +225,7 @@ def test_the_hole_is_a_table_with_advice_a_report_and_a_figure(tmp_path, diagnos
     assert {"control", "all layers", "layer 0", "layer 1", "posterior u std"} <= table.keys()
     report = json.loads((tmp_path / "out" / "report.json").read_text())["hole"]
     assert (report["images"], report["held_out"]) == (96, 24)
-    assert [gap["network"] for gap in report["gaps"][:3]] == ["conv", "mlp", "conv"]
+    assert [gap["network"] for gap in report["gaps"][:3]] == ["map", "mlp", "map"]
     assert report["advice"] == table["hole"][1]
     assert (tmp_path / "out" / "hole.png").is_file()
 

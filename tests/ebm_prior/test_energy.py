@@ -10,6 +10,7 @@ from ebm_prior.config import PriorConfig
 from ebm_prior.energy import (
     ConvEnergy,
     EnergyNets,
+    MapEnergy,
     MLPEnergy,
     ResidualEnergy,
     halvings,
@@ -61,7 +62,8 @@ def test_the_digits_prior_has_965_thousand_parameters():
             for v in (ResidualEnergy, ConvEnergy)
             for s in ((2, 1, 1), (3, 4, 4), (2, 16, 4))
         ),
-        *((MLPEnergy, s) for s in ((5,), (4, 2, 2), (3, 6, 5))),
+        *((v, s) for v in (MLPEnergy, MapEnergy) for s in ((5,), (4, 2, 2), (3, 6, 5))),
+        (MapEnergy, (2, 16, 9)),
     ],
 )
 def test_every_parameter_and_input_gets_a_gradient_on_unpublished_shapes(

@@ -55,8 +55,9 @@ KINDS = {
 # name -> (type or choices, help); the defaults are the preset's.
 PRIOR_FLAGS: dict[str, tuple[Any, str]] = {
     "network": (
-        ("residual", "conv", "mlp"),
-        "energies: residual (the paper's for CIFAR-10), conv (CelebA-HQ), mlp (small latents)",
+        ("residual", "conv", "mlp", "map"),
+        "energies: residual (the paper's for CIFAR-10), conv (CelebA-HQ), mlp (small latents), map"
+        " (light, convolutional, with biases)",
     ),
     "width": (int, "channels, or units, of the energies"),
     "depth": (int, "residual layers of mlp"),

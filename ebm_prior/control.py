@@ -202,7 +202,7 @@ def confusion(asked: Tensor, found: Tensor, classes: int) -> Tensor:
 
 def agreement(counts: Tensor) -> float:
     """The share on the diagonal of a confusion matrix."""
-    return float(counts.diagonal().sum() / counts.sum())
+    return round(int(counts.diagonal().sum()) / int(counts.sum()), 4)
 
 
 def survival(before: Tensor, after: Tensor, value: int) -> float | None:
@@ -211,4 +211,4 @@ def survival(before: Tensor, after: Tensor, value: int) -> float | None:
     None where there were none.
     """
     had = before == value
-    return float((after[had] == value).float().mean()) if had.any() else None
+    return round(float((after[had] == value).double().mean()), 4) if had.any() else None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ebm_prior import control as steering
-from ebm_prior.commands.control.judge import Judge, deviation
+from ebm_prior.commands.control.judge import Judge, deviation, share
 from ebm_prior.commands.shared import figures, session
 from ebm_prior.prior import EBMPrior
 from nvae import images
@@ -112,7 +112,7 @@ class Control:
                 xlabel="seen",
             )
         return {
-            "agreement": round(agreement, 4),
+            "agreement": agreement,
             "per_class": [round(hits / self.num, 4) for hits in counts.diagonal().tolist()],
             "chance": round(1 / len(every), 4),
             "shares_without_label": judge.shares(name, free),
@@ -185,9 +185,9 @@ class Control:
     def _obeyed(self, x: Tensor) -> dict[str, Any]:
         """The share of images that show each attribute asked for, and all of them."""
         hits = {name: self.judge.see(name, x) == value for name, value in self.asked}
-        shares = {name: float(hit.float().mean()) for name, hit in hits.items()}
+        shares = {name: share(hit) for name, hit in hits.items()}
         together = torch.stack(list(hits.values())).all(0)
-        return {"agreement": shares, "all": float(together.float().mean())}
+        return {"agreement": shares, "all": share(together)}
 
 
 def control(args: argparse.Namespace, words: list[tuple[str, str]]) -> None:

@@ -48,9 +48,9 @@ class Judge:
             values, shown = truth.values[known], held_out[known]
             seen = classify(networks[each.name], shown).argmax(1)
             report[each.name] = {
-                "pixel_classifier": _share(seen == values),
+                "pixel_classifier": share(seen == values),
                 **latent[each.name],
-                "most_frequent_class": _share(values == values.mode().values),
+                "most_frequent_class": share(values == values.mode().values),
                 "held_out_images": len(values),
                 "training_images": int((each.values >= 0).sum()),
             }
@@ -65,8 +65,8 @@ class Judge:
 
     def shares(self, name: str, images: Tensor) -> list[float]:
         """The share of each class among the images."""
-        counts = torch.bincount(self.see(name, images), minlength=len(self.spread[name]))
-        return (counts / len(images)).tolist()
+        seen = self.see(name, images)
+        return [share(seen == value) for value in range(len(self.spread[name]))]
 
 
 def deviation(images: Tensor) -> float | None:
@@ -74,6 +74,11 @@ def deviation(images: Tensor) -> float | None:
     if len(images) < 2:
         return None
     return float(images.flatten(1).var(0).sum().sqrt())
+
+
+def share(hits: Tensor) -> float:
+    """The share of True."""
+    return round(float(hits.double().mean()), 4)
 
 
 def _trained(job: Job, images: Tensor, values: Tensor, classes: int) -> SmallClassifier:
@@ -112,9 +117,5 @@ def _latent_accuracy(
     for key, noisy in (("latent_classifier", False), ("latent_classifier_1%_noise", True)):
         for each, votes in zip(truths, logits(noisy), strict=True):
             known = each.values >= 0
-            found[each.name][key] = _share(votes.argmax(1)[known] == each.values[known])
+            found[each.name][key] = share(votes.argmax(1)[known] == each.values[known])
     return found
-
-
-def _share(hits: Tensor) -> float:
-    return round(float(hits.double().mean()), 4)

@@ -70,7 +70,7 @@ def draws(command: Run, backbone: Opened, images: ImageSet) -> Tensor:
         raise ValueError(f"--draws {times}: expected at least 1")
     most = MEMORY // (4 * backbone.layout.dim)
     order = torch.randperm(len(images), generator=seeded("cpu", seed))
-    index = order.repeat(times)[:most]
+    index = order.repeat_interleave(times)[:most]  # `low_rank` takes halves of different images
     size = min(BLOCK, max(1, command.settings["batch_size"]))
     found = []
     for first in tqdm(range(0, len(index), size), "posterior", disable=None):

@@ -84,6 +84,8 @@ _KINDS: dict[str, dict[str, Any]] = {
     },
     "ncp": {
         "max_T": 1,
+        "num_steps": 30,  # this and the next: of its sampler langevin
+        "b2": 0.1,
         "spectral_norm": False,
         "lr": 1e-3,
         "beta1": 0.9,

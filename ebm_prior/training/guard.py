@@ -11,12 +11,15 @@ from typing import Any
 
 from ebm_prior.config import PriorConfig
 from ebm_prior.latents import Layout
+from ebm_prior.schedule import Schedule
 
 MEMORY = 10  # steps the running means look back
 
 # Working runs keep the mean of f(u-) - f(u+) within 0.1 (digits) or 1.5 (small CIFAR-10 models);
 # those that passed about 5 were at -115 twenty steps later.
 DIFFERENCE = 5.0
+# K times the step size from which chains forget where they began by their own steps.
+MIXING = 0.5
 # Negatives have deviation 1.00 to 1.11 in working runs; 4.8, 13, 184 in lost ones. In units of the
 # data's own, should that be above 1: an encoder that does not fit its prior makes it so.
 U_STD = 2.0
@@ -36,14 +39,18 @@ class Limits:
     def of(cls, config: PriorConfig) -> Limits:
         """The limits for a prior.
 
-        With `energy_scale` step, f carries the motion: K steps of grad f / 2 that move each of D
-        coordinates by one standard deviation raise f by 2 D / K, which is taken as the limit.
+        Where the chain's own steps move u little, f carries the motion: K steps of s grad f / 2
+        that move each of D coordinates by one standard deviation raise f by 2 D / (K s), which is
+        taken as the limit. With `energy_scale` step, f has been multiplied by s.
         """
         if config.kind == "ncp":  # a classifier's logits are to differ; there is no chain
             return cls(difference=math.inf)
-        if config.energy_scale == "none":
+        schedule = Schedule(config.max_T)
+        step = float(schedule.step_size(config.b2, config.step_rule).max())
+        reach = config.num_steps * (step if config.energy_scale == "none" else 1.0)
+        if config.energy_scale == "none" and reach >= MIXING:
             return cls()
-        return cls(difference=max(DIFFERENCE, 2 * Layout(config.shapes).dim / config.num_steps))
+        return cls(difference=max(DIFFERENCE, 2 * Layout(config.shapes).dim / reach))
 
 
 @dataclass(frozen=True)

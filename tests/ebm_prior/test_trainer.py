@@ -315,9 +315,14 @@ def test_the_guard_judges_running_means_and_not_a_single_outlier():
 
 def test_the_limit_grows_with_the_coordinates_where_f_carries_the_motion():
     shapes = ((20, 16, 16),) * 30
-    scaled, plain = (PriorConfig(shapes=shapes, energy_scale=s) for s in ("step", "none"))
-    assert Limits.of(plain).difference == 5
+    scaled = PriorConfig(shapes)
+    plain = {"energy_scale": "none", "step_rule": "plain"}
+    mixing = PriorConfig(shapes, **plain, b2=0.3, num_steps=10)
+    still = PriorConfig(shapes, **plain, b2=1e-5, num_steps=10, max_T=1, kind="joint")
+    assert Limits.of(mixing).difference == 5
     assert Limits.of(scaled).difference == 2 * 153600 / 50
+    assert Limits.of(still).difference == pytest.approx(2 * 153600 / 1e-4, rel=1e-3)
+    assert Limits.of(PriorConfig(shapes, kind="ncp")).difference == math.inf
 
 
 def test_a_lost_run_goes_back_and_halves_the_learning_rate(tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import sys
 
 import pytest
 import torch
@@ -39,6 +40,37 @@ def test_cells_are_named_or_a_grid_or_the_papers():
 def test_cells_of_another_form_are_refused(cells, message):
     with pytest.raises(ValueError, match=message):
         chosen(*cells)
+
+
+class Scripted(Training):
+    """A training whose process runs this code instead."""
+
+    def command(self):
+        return [sys.executable, "-c", self.flags["code"]]
+
+
+@pytest.mark.parametrize("may_diverge", [True, False])
+def test_a_training_that_diverged_counts_by_its_last_good_state_if_it_may(tmp_path, may_diverge):
+    words = "error: training diverged at step 7"
+    code = f"import sys; open('prior.safetensors', 'w'); sys.exit({words!r})"
+    code = f"import os; os.chdir({str(tmp_path)!r}); {code}"
+    training = Scripted(tmp_path, {"code": code}, may_diverge=may_diverge)
+    training.start()
+    training.process.wait()
+    if may_diverge:
+        assert training.done()
+        assert training.diverged == "training diverged at step 7"
+    else:
+        with pytest.raises(ValueError, match="ended with status 1: error: training diverged"):
+            training.done()
+
+
+def test_a_training_that_failed_otherwise_is_an_error(tmp_path):
+    training = Scripted(tmp_path, {"code": "raise SystemExit('no data')"}, may_diverge=True)
+    training.start()
+    training.process.wait()
+    with pytest.raises(ValueError, match="no data"):
+        training.done()
 
 
 # --- time

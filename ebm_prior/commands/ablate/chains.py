@@ -21,6 +21,7 @@ class Chain(NamedTuple):
     prior: Prior
     file: str
     drawing: dict[str, Any]
+    diverged: str | None = None  # what its training said, if only its last good state is left
 
     def row(self, cell: Cell, *, zero_energy: bool = False) -> Row:
         """The cell's row of a report, or that of the chain without its model."""
@@ -55,10 +56,10 @@ def trained(job: Job, cells: Sequence[Cell]) -> Chains:
     every = [training for group in runs.values() for training in group.values()]
     steps = resolved(args.preset, {"iterations": args.iterations})["iterations"]
     for done in train(every, args.jobs, steps):
-        print(f"trained {done.prior}", file=sys.stderr)
+        print(done.diverged or f"trained {done.prior}", file=sys.stderr)
     return {
         cell: {
-            seed: Chain(job.open_prior(training.prior), str(training.prior), {})
+            seed: Chain(job.open_prior(training.prior), str(training.prior), {}, training.diverged)
             for seed, training in group.items()
         }
         for cell, group in runs.items()
@@ -85,6 +86,7 @@ def _training(job: Job, cell: Cell, seed: int) -> Training:
         {name: value for name, value in flags.items() if value is not None},
         args.train_flags,
         threads=1 if args.jobs > 1 else None,
+        may_diverge=True,
     )
 
 

@@ -55,7 +55,7 @@ def told(report: dict[str, Any], ruler: Ruler, cells: Sequence[Cell]) -> str:
         row = report["cells"][str(cell)]
         lines.append(
             [
-                str(cell),
+                str(cell) + ("*" if "diverged" in row else ""),
                 rows.told(row, name),
                 f"{row[name] / base:.2f}",
                 f"{row['no_model_chain'][name]:.4g}",
@@ -74,4 +74,6 @@ def told(report: dict[str, Any], ruler: Ruler, cells: Sequence[Cell]) -> str:
     )
     if "with_intercept" in fit:
         text += f", a + b T K by {fit['with_intercept']['max_deviation']:.0%}"
+    if any("diverged" in row for row in report["cells"].values()):
+        text += ". * diverged in training: its last good state"
     return f"{rows.aligned(lines)}\n{text}."

@@ -59,7 +59,14 @@ def measured(job: Job, ruler: Ruler, chains: Chains) -> dict[str, Any]:
             over_seeds({s: chain.row(cell, zero_energy=zero) for s, chain in group.items()})
             for zero in (False, True)
         )
-        numbers = {"max_T": cell.max_T, "num_steps": cell.num_steps, "steps": cell.steps}
+        numbers: dict[str, Any] = {
+            "max_T": cell.max_T,
+            "num_steps": cell.num_steps,
+            "steps": cell.steps,
+        }
+        diverged = {str(s): chain.diverged for s, chain in group.items() if chain.diverged}
+        if diverged:
+            numbers["diverged"] = diverged
         report["cells"][str(cell)] = {**numbers, **model, "no_model_chain": control}
     return report
 

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 from tqdm import tqdm
 
 POLL = 0.5  # seconds
+DIVERGED = "training diverged"  # what `ebm_prior train` says before it gives up
 
 
 @dataclass
@@ -25,6 +26,8 @@ class Training:
     flags: Mapping[str, Any]
     more: Sequence[str] = ()  # further words of the command line, as they are
     threads: int | None = None  # of the CPU; None: as the environment says
+    may_diverge: bool = False  # then the last good state counts, and `diverged` says what happened
+    diverged: str | None = None
     process: subprocess.Popen[bytes] | None = field(default=None, repr=False)
 
     @property
@@ -56,6 +59,10 @@ class Training:
         status = self.process.poll()
         if status:
             told = (self.out / "log.txt").read_text(errors="replace").replace("\r", "\n")
+            last = told.strip().splitlines()[-1:]
+            if self.may_diverge and last and DIVERGED in last[0] and self.prior.is_file():
+                self.diverged = last[0].removeprefix("error: ")
+                return True
             raise ValueError(
                 f"training of {self.out} ended with status {status}: {told.strip()[-600:]}"
             )

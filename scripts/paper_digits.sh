@@ -44,7 +44,7 @@ for seed in ${SEEDS:-0 1 2}; do
     train "attributes-$seed" --seed "$seed" --attribute parity:0 --attribute loop:1 --label_steps 3
 
     prior="$out/diffusion-$seed/prior.safetensors"
-    run evaluate "table1-$seed" --seed "$seed" --batch_size 500 \
+    run evaluate "table1-$seed" --seed "$seed" --batch_size 500 --resume auto \
         --prior "$out"/{diffusion,joint,ncp}-"$seed"/prior.safetensors
     run hierarchy "figure2-$seed" --seed "$seed" --prior "$prior" --num_references 1000 --num_variants 4 --batch_size 500
     run ood "figure3-$seed" --seed "$seed" --prior "$prior"

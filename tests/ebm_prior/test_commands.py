@@ -22,6 +22,7 @@ from ebm_prior.prior import EBMPrior
 from ebm_prior.training import run_state
 from nvae import checkpoint as nvae_checkpoint
 from nvae import data, runtime
+from nvae.digest import sha256
 from tests.ebm_prior import small_vaes
 
 pytest.importorskip("sklearn")
@@ -68,7 +69,7 @@ def test_a_second_run_in_the_same_folder_is_refused(vae_file, tmp_path, capsys):
 def test_training_writes_what_the_help_says(run):
     assert {path.name for path in run.iterdir()} == {
         *("last.pt", "prior.safetensors", "config.json", "args.json", "metrics.jsonl"),
-        *("grids", "tensorboard", ".lock"),
+        *("report.json", "grids", "tensorboard", ".lock"),
     }
     names = {path.name for path in (run / "grids").iterdir()}
     assert names == {"gaussian.png", "step_0000003.png"}
@@ -77,6 +78,10 @@ def test_training_writes_what_the_help_says(run):
     assert arguments["options"]["seed"] == 0
     assert arguments["source"] == PRESETS["digits"]["source"]
     assert {"version", "commit"} <= arguments.keys()
+    report = json.loads((run / "report.json").read_text())
+    assert report["prior_sha256"] == sha256(run / "prior.safetensors")
+    assert (report["step"], report["halvings"]) == (3, 0)
+    assert report["protocol"]["settings"] == arguments["settings"]
 
 
 def test_the_prior_of_a_run_belongs_to_its_checkpoint(run, vae_file, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 
 import pytest
@@ -66,6 +67,36 @@ def test_the_fitted_kind_takes_no_steps_and_samples_with_the_aggregates_spread(
     assert ((u.var(0) - variance).abs() < error).all()
     assert train(vae_file, tmp_path, *flags) == 2
     assert "of another run" in capsys.readouterr().err
+
+
+def test_a_fit_is_found_again_if_it_is_the_same(vae_file, tmp_path, capsys):
+    flags = ["--prior", "fitted", "--draws", "1", "--resume", "auto"]
+    prior, report = tmp_path / "prior.safetensors", tmp_path / "report.json"
+    assert train(vae_file, tmp_path, *flags) == 0
+    written, first = prior.read_bytes(), json.loads(report.read_text())
+    assert first["posterior_draws"] > 1000
+    assert first["prior_sha256"] == hashlib.sha256(written).hexdigest()
+    assert train(vae_file, tmp_path, *flags) == 0
+    assert "is there already" in capsys.readouterr().err
+    for other in (["--rank", "5"], ["--seed", "1"]):
+        assert train(vae_file, tmp_path, *flags, *other) == 2
+        assert f"{other[0].strip('-')} 0 (now {other[1]})" in capsys.readouterr().err
+    other_vae = small_vaes.written(tmp_path / "other.pt", small_vaes.vae(seed=1))
+    assert train(other_vae, tmp_path, *flags) == 2
+    assert "was trained with backbone" in capsys.readouterr().err
+    assert prior.read_bytes() == written
+    before = checkpoint.read(prior).learned
+    report.unlink()  # stopped before the end
+    assert train(vae_file, tmp_path, *flags) == 0
+    assert report.exists()
+    after = checkpoint.read(prior).learned
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+def test_a_fit_does_not_take_the_folder_of_a_training(vae_file, tmp_path, capsys):
+    assert train(vae_file, tmp_path, "--iterations", "1") == 0
+    assert train(vae_file, tmp_path, "--prior", "fitted", "--resume", "auto") == 2
+    assert "holds the training of another kind" in capsys.readouterr().err
 
 
 def test_labels_reach_their_layers_and_the_file_remembers_them(vae_file, tmp_path, capsys):

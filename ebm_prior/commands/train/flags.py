@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ebm_prior.commands.shared.arguments import check_out
 from ebm_prior.presets import PRESETS, PRIOR_SETTINGS, resolved
 
 if TYPE_CHECKING:
@@ -43,7 +43,8 @@ examples:
         --data pictures --out runs/mine --grad_clip 1
 
 OUT holds prior.safetensors (the prior), last.pt (to go on from), config.json, args.json,
-metrics.jsonl, grids/*.png, and tensorboard/ (tensorboard --logdir OUT/tensorboard)."""
+metrics.jsonl, grids/*.png, tensorboard/ (tensorboard --logdir OUT/tensorboard) and, once done,
+report.json."""
 
 METAVAR = {int: "N", float: "X"}
 KINDS = {
@@ -268,21 +269,20 @@ def check_paths(command: Run) -> None:
     if command.attributes and command.prior != "diffusion":
         raise ValueError(f"--attribute belongs to --prior diffusion, got --prior {command.prior}")
     out = command.out
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file; expected a folder, or a name for a new one")
+    check_out(out)
     held = [name for name in ("last.pt", "prior.safetensors") if (out / name).exists()]
     if held and command.resume == "never":
         raise ValueError(
             f"--out {out} holds {' and '.join(held)} of another run; go on with it by --resume"
             " auto, or give another --out"
         )
-    if held == ["prior.safetensors"]:
+    if command.prior == "fitted":
+        if "last.pt" in held:
+            raise ValueError(f"--out {out} holds the training of another kind; give another --out")
+    elif held == ["prior.safetensors"]:
         raise ValueError(
             f"--out {out} holds a prior but no last.pt to go on from; give another --out"
         )
-    there = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
-    if not os.access(there, os.W_OK):
-        raise ValueError(f"--out {out} cannot be written: no permission in {there}")
 
 
 def prior_config(command: Run, shapes: tuple[tuple[int, ...], ...], **more: Any) -> PriorConfig:

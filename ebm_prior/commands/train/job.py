@@ -6,6 +6,7 @@ import json
 import shlex
 import shutil
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +58,8 @@ def train(command: Run, here: Runtime) -> int:
         )
     summary = trainer.run()
     if here.is_main:
+        if summary.done:
+            report(command, {k: v for k, v in asdict(summary).items() if k != "signal"})
         print(told(command, summary))
     return 128 + summary.signal if summary.signal and not summary.done else 0
 
@@ -251,6 +254,16 @@ def write_arguments(command: Run) -> None:
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
+def report(command: Run, content: dict[str, Any]) -> None:
+    """`report.json`: how it went, the prior's sha256, and the resolved command line."""
+    from nvae.digest import sha256
+    from nvae.evaluation.job import provenance, write_json
+
+    whole = {**content, "prior_sha256": sha256(command.out / "prior.safetensors")}
+    protocol = {**command.to_json(), **provenance()}
+    write_json(command.out / "report.json", {**whole, "protocol": protocol})
+
+
 def told(command: Run, summary: Summary) -> str:
     """What happened, what was written, what comes next."""
     out = command.out
@@ -264,7 +277,7 @@ def told(command: Run, summary: Summary) -> str:
         f" steps: mean f(u-) - f(u+) {summary.difference:+.3g} (near 0 is right), deviation of the"
         f" chains' u {summary.u_std:.3f} (the data's: {summary.data_std:.3f}){classes}{halved}."
         f" {out} holds prior.safetensors (the prior), last.pt (to go on from), config.json,"
-        " args.json, metrics.jsonl, tensorboard/ and grids/."
+        " args.json, metrics.jsonl, tensorboard/ and grids/, and once done report.json."
     )
     if not summary.done:
         return f"{text} Go on with the same command and --resume auto."

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from ebm_prior.backbones.hvae.config import LIKELIHOODS, SIZES, HVAEConfig
 from ebm_prior.backbones.hvae.settings import HVAESettings
+from ebm_prior.commands.shared.arguments import check_out
 from nvae.arch import DATA_SETS
 
 NEVER_FLIPPED = ("mnist", "omniglot", "stacked_mnist", "digits")  # written signs
@@ -216,8 +216,7 @@ def check_paths(command: Run) -> None:
     if command.data is not None and not command.data.is_dir():
         raise ValueError(f"--data {command.data}: no such folder")
     out = command.out
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"--out {out} is a file; expected a folder, or a name for a new one")
+    check_out(out)
     held = [name for name in ("last.pt", "hvae.safetensors") if (out / name).exists()]
     if held and command.resume == "never":
         raise ValueError(
@@ -226,9 +225,6 @@ def check_paths(command: Run) -> None:
         )
     if held == ["hvae.safetensors"]:
         raise ValueError(f"--out {out} holds an HVAE but no last.pt to go on from; give another")
-    there = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
-    if not os.access(there, os.W_OK):
-        raise ValueError(f"--out {out} cannot be written: no permission in {there}")
 
 
 def train_settings(command: Run, batches_per_epoch: int, amp: str) -> HVAESettings:

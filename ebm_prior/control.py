@@ -6,16 +6,13 @@ the place of its log-sum-exp (contract, conditional.md).
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ebm_prior.base import Prior, in_mode, plain_numbers
-from ebm_prior.coupling import Attribute
 from ebm_prior.prior import EBMPrior
 from ebm_prior.schedule import Schedule
 
@@ -61,23 +58,6 @@ def attribute_number(prior: EBMPrior, name: str) -> int:
     return names.index(name)
 
 
-@contextlib.contextmanager
-def acting(prior: EBMPrior, label_steps: int | None) -> Iterator[None]:
-    """Labels act at t < `label_steps` inside, in place of the configured number; None keeps it."""
-    before = prior.config
-    if label_steps is not None and not 1 <= label_steps <= before.max_T:
-        raise ValueError(
-            f"label_steps is {label_steps}, expected 1 to {before.max_T}, the diffusion steps of"
-            " this prior"
-        )
-    try:
-        if label_steps is not None:
-            prior.config = replace(before, label_steps=label_steps)
-        yield
-    finally:
-        prior.config = before
-
-
 def sample_classes(
     prior: EBMPrior,
     labels: Tensor,
@@ -87,12 +67,13 @@ def sample_classes(
     label_steps: int | None = None,
 ) -> Tensor:
     """u_0, (B, D), one per row of `labels`, (B, attributes), -1 where anything will do."""
-    prior.coupling.check_labels(labels, len(labels))
-    for column, attribute in zip(labels.T, prior.config.attributes, strict=True):
-        for value in column[column >= 0].unique().tolist():
-            _check_class(attribute, value)
-    with acting(prior, label_steps):
-        return prior.sample_u(len(labels), generator=generator, labels=labels, guidance=guidance)
+    return prior.sample_u(
+        len(labels),
+        generator=generator,
+        labels=labels,
+        guidance=guidance,
+        label_steps=label_steps,
+    )
 
 
 class Stage(NamedTuple):
@@ -110,6 +91,7 @@ def compose(
     *,
     generator: torch.Generator,
     guidance: float = 1.0,
+    label_steps: int | None = None,
 ) -> list[Stage]:
     """Ask for one attribute after the other, top to bottom, keeping what is above (Fig. 4).
 
@@ -121,13 +103,14 @@ def compose(
     Args:
         num: B, samples.
         stages: (attribute, class), each attribute's layers below those of the one before.
+        label_steps: labels act at t below this, if not the configured number.
 
     Raises:
         ValueError: unknown attributes or classes, or layers not in order.
     """
     asked = in_order(prior, stages)
     layout, device = prior.layout, prior.device
-    first = min(prior.config.label_steps, prior.config.max_T)
+    first = prior.label_steps(label_steps)
     labels = torch.full((num, len(prior.config.attributes)), -1, device=device)
     held = torch.zeros(layout.dim, dtype=torch.bool, device=device)
     found: list[Stage] = []
@@ -168,7 +151,7 @@ def in_order(prior: EBMPrior, stages: Sequence[tuple[str, int]]) -> list[tuple[i
     for name, value in stages:
         number = attribute_number(prior, name)
         attribute = prior.config.attributes[number]
-        _check_class(attribute, value)
+        attribute.check_class(value)
         if min(attribute.layers) <= fixed:
             layers = ", ".join(map(str, attribute.layers))
             raise ValueError(
@@ -179,16 +162,7 @@ def in_order(prior: EBMPrior, stages: Sequence[tuple[str, int]]) -> list[tuple[i
         fixed, above = max(attribute.layers), name
     if not asked:
         raise ValueError("nothing to compose: name at least one attribute and its class")
-    if prior.config.label_steps < 1:
-        raise ValueError("label_steps is 0, so labels never act; expected at least 1")
     return asked
-
-
-def _check_class(attribute: Attribute, value: int) -> None:
-    if not 0 <= value < attribute.classes:
-        raise ValueError(
-            f"class {value} of attribute {attribute.name!r}: expected 0 to {attribute.classes - 1}"
-        )
 
 
 # --- measures -----------------------------------------------------------------------------------

@@ -31,6 +31,13 @@ class Attribute:
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
 
+    def check_class(self, value: int) -> None:
+        """Refuse the number of a class that there is not."""
+        if not 0 <= value < self.classes:
+            raise ValueError(
+                f"class {value} of attribute {self.name!r}: expected 0 to {self.classes - 1}"
+            )
+
 
 def checked(attributes: Iterable[Attribute], num_layers: int) -> tuple[Attribute, ...]:
     """The attributes, if a hierarchy of `num_layers` layers can hold them.
@@ -152,6 +159,12 @@ class Coupling:
                 f"labels have shape {tuple(labels.shape)} and type {labels.dtype}, expected"
                 f" {expected} whole numbers: one column per attribute, -1 = not specified"
             )
+
+    def check_classes(self, labels: Tensor) -> None:
+        """Refuse labels beyond -1 and the classes; looks at values, so once before a chain."""
+        for column, attribute in zip(labels.T, self.attributes, strict=True):
+            for value in column[column != -1].unique().tolist():
+                attribute.check_class(value)
 
 
 def sum_of(parts: Sequence[Tensor]) -> Tensor:

@@ -188,6 +188,7 @@ class EBMPrior(Prior):
         zero_energy: bool = False,
         labels: Tensor | None = None,
         guidance: float = 1.0,
+        label_steps: int | None = None,
         stop: int = 0,
         callback: Callable[[int, Tensor], None] | None = None,
         on_step: Callable[[int, int, langevin.State, langevin.Info], None] | None = None,
@@ -197,17 +198,22 @@ class EBMPrior(Prior):
         Args:
             num_steps: K, if not the configured one.
             zero_energy: the control with f = 0.
-            labels: (num, attributes) class numbers, -1 = not specified; they act at t below the
-                configured `label_steps`.
+            labels: (num, attributes) class numbers, -1 = not specified.
             guidance: factor of their log probability.
+            label_steps: they act at t below this, if not the configured number.
             stop: end with the state u_stop.
             callback: called with (k, u_k) for k = N, the noise, down to `stop`.
             on_step: called with (t, k, state, info) after every Langevin step.
 
         Raises:
-            ValueError: the chain left the finite numbers.
+            ValueError: labels that do not exist or never act, or a chain that left the finite
+                numbers.
         """
-        max_T = self.config.max_T
+        max_T, labelled = self.config.max_T, 0
+        if labels is not None:
+            self.coupling.check_labels(labels, num)
+            self.coupling.check_classes(labels)
+            labelled = self.label_steps(label_steps)
         with in_mode(self.energies, training=False), plain_numbers(self.device.type):
             u = langevin.standard_normal(self.weight.new_empty(num, self.layout.dim), generator)
             if callback is not None:
@@ -219,7 +225,7 @@ class EBMPrior(Prior):
                     num_steps=num_steps,
                     generator=generator,
                     zero_energy=zero_energy,
-                    labels=labels if t < self.config.label_steps else None,
+                    labels=labels if t < labelled else None,
                     guidance=guidance,
                     on_step=None if on_step is None else functools.partial(on_step, t),
                 )
@@ -227,6 +233,21 @@ class EBMPrior(Prior):
                 if callback is not None:
                     callback(t, u)
         return u
+
+    def label_steps(self, given: int | None = None) -> int:
+        """How many of the last diffusion steps see labels: as given, else as configured.
+
+        Raises:
+            ValueError: none, or more than there are.
+        """
+        max_T = self.config.max_T
+        steps = min(self.config.label_steps, max_T) if given is None else given
+        if not 1 <= steps <= max_T:
+            raise ValueError(
+                f"label_steps is {steps}, expected 1 to {max_T}, the diffusion steps of this"
+                " prior; give another number for labels to act"
+            )
+        return steps
 
     def check_finite(self, t: int, u: Tensor) -> None:
         """Refuse a chain that left the finite numbers; once per t: asking waits for the device."""

@@ -64,7 +64,6 @@ def test_the_recommended_label_steps_suffice_for_the_oracle(max_T, generator):
 
     assert share(steps) > 0.99
     assert share(None) < share(steps) - 0.001, "the configured 1 is too few"
-    assert prior.config.label_steps == 1, "as before"
 
 
 # --- labels
@@ -83,12 +82,16 @@ def test_an_unspecified_attribute_and_a_neighbour_change_nothing(seed):
     ("labels", "message"),
     [
         ([[0, 3]], "class 3 of attribute 'low': expected 0 to 2"),
+        ([[-2, 0]], "class -2 of attribute 'top': expected 0 to 2"),
         ([[0]], "expected \\(1, 2\\)"),
     ],
 )
-def test_classes_that_do_not_exist_are_refused(labels, message):
+def test_classes_that_do_not_exist_are_refused_before_the_chain(labels, message):
+    prior, before = steered(TOP, LOW), generator_of(0).get_state()
+    generator = generator_of(0)
     with pytest.raises(ValueError, match=message):
-        control.sample_classes(steered(TOP, LOW), torch.tensor(labels), generator=generator_of(0))
+        prior.sample_u(1, labels=torch.tensor(labels), generator=generator)
+    assert torch.equal(generator.get_state(), before)
 
 
 @pytest.mark.parametrize("label_steps", [0, 4])
@@ -96,6 +99,16 @@ def test_label_steps_beyond_the_diffusion_are_refused(label_steps):
     prior, labels = steered(TOP), torch.tensor([[0]])
     with pytest.raises(ValueError, match="expected 1 to 3"):
         control.sample_classes(prior, labels, generator=generator_of(0), label_steps=label_steps)
+    with pytest.raises(ValueError, match="expected 1 to 3"):
+        control.compose(prior, 1, [("top", 0)], generator=generator_of(0), label_steps=label_steps)
+
+
+def test_labels_that_never_act_are_refused():
+    prior, labels = steered(TOP, label_steps=0), torch.tensor([[0]])
+    with pytest.raises(ValueError, match="label_steps is 0"):
+        prior.sample_u(1, generator=generator_of(0), labels=labels)
+    prior.sample_u(1, generator=generator_of(0))
+    control.sample_classes(prior, labels, generator=generator_of(0), label_steps=1)
 
 
 # --- composition
@@ -103,10 +116,12 @@ def test_label_steps_beyond_the_diffusion_are_refused(label_steps):
 
 @pytest.mark.parametrize("label_steps", [1, 2, 3])
 def test_a_composition_holds_the_layers_above_bit_for_bit(label_steps, seed):
+    asked = [("top", 2), ("middle", 0), ("low", 1)]
     prior = steered(TOP, MIDDLE, LOW, seed=seed, label_steps=label_steps)
-    stages = control.compose(
-        prior, 5, [("top", 2), ("middle", 0), ("low", 1)], generator=generator_of(seed)
-    )
+    stages = control.compose(prior, 5, asked, generator=generator_of(seed))
+    usual = steered(TOP, MIDDLE, LOW, seed=seed)
+    again = control.compose(usual, 5, asked, generator=generator_of(seed), label_steps=label_steps)
+    assert all(torch.equal(a.u, b.u) for a, b in zip(stages, again, strict=True))
     assert [stage.labels[0].tolist() for stage in stages] == [[2, -1, -1], [2, 0, -1], [2, 0, 1]]
     assert [int(stage.held.sum()) for stage in stages] == [0, 2, 4]
     for before, after in itertools.pairwise(stages):

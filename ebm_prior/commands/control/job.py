@@ -67,6 +67,7 @@ class Control:
                 row.expand(count, -1).to(self.job.here.device),
                 generator=self.job.generator(KEY, first),
                 guidance=self.args.guidance,
+                label_steps=self.args.label_steps,
             )
 
         return self.pictures(self.job.blocks(self.num, self.words(asked), make))
@@ -77,7 +78,12 @@ class Control:
         def make(first: int, count: int) -> Tensor:
             generator = self.job.generator(KEY, first)
             stages = steering.compose(
-                self.prior, count, self.asked, generator=generator, guidance=self.args.guidance
+                self.prior,
+                count,
+                self.asked,
+                generator=generator,
+                guidance=self.args.guidance,
+                label_steps=self.args.label_steps,
             )
             return torch.stack([stage.u for stage in stages], dim=1)
 
@@ -198,29 +204,29 @@ def control(args: argparse.Namespace, words: list[tuple[str, str]]) -> None:
     """
     with session.opened(args) as job:
         prior = steering.steerable(job.prior)
-        with steering.acting(prior, args.label_steps):
-            run = Control(job, prior, words)
-            free = run.sample([])
-            gaussian = run.pictures(job.gaussian_u(run.num, KEY))
-            content: dict[str, Any] = {"classifiers": run.judge.report}
-            if args.compose:
-                content["compose"] = run.one_by_one(free, gaussian)
-            elif args.set:
-                content["set"] = run.together(free, gaussian)
-            else:
-                names = [attribute.name for attribute in prior.config.attributes]
-                content["classes"] = {name: run.classes(name, free, gaussian) for name in names}
-            protocol = {
-                "samples": run.num,
-                "attributes": prior.config.to_dict()["attributes"],
-                "label_steps": prior.config.label_steps,
-                "label_steps_at_least": steering.label_steps_for(prior.schedule),
-                "guidance": args.guidance,
-                "agreement": "share that a classifier of pixels, trained on the labelled training"
-                " images, sees as asked for",
-                "spread_against_real": "root of the summed pixel variance within a class, samples"
-                " over held-out images; below 1: less varied",
-            }
+        label_steps = prior.label_steps(args.label_steps)
+        run = Control(job, prior, words)
+        free = run.sample([])
+        gaussian = run.pictures(job.gaussian_u(run.num, KEY))
+        content: dict[str, Any] = {"classifiers": run.judge.report}
+        if args.compose:
+            content["compose"] = run.one_by_one(free, gaussian)
+        elif args.set:
+            content["set"] = run.together(free, gaussian)
+        else:
+            names = [attribute.name for attribute in prior.config.attributes]
+            content["classes"] = {name: run.classes(name, free, gaussian) for name in names}
+        protocol = {
+            "samples": run.num,
+            "attributes": prior.config.to_dict()["attributes"],
+            "label_steps": label_steps,
+            "label_steps_at_least": steering.label_steps_for(prior.schedule),
+            "guidance": args.guidance,
+            "agreement": "share that a classifier of pixels, trained on the labelled training"
+            " images, sees as asked for",
+            "spread_against_real": "root of the summed pixel variance within a class, samples"
+            " over held-out images; below 1: less varied",
+        }
         job.report(content, protocol)
         if job.here.is_main:
             print(told(content, protocol))

@@ -484,6 +484,37 @@ def test_a_step_that_is_not_finite_or_far_too_steep_is_skipped(tmp_path, capsys)
     assert torch.equal(before, steep.model.start)
 
 
+@pytest.mark.parametrize("seen", [True, False])
+def test_a_save_after_the_weights_broke_has_the_last_good_ones(tmp_path, capsys, seen):
+    """Weights planted as NaN before step 5, which is skipped, or by the last update itself."""
+    training, good = trainer(tmp_path, save_every=4), {}
+
+    def spoil(batch):
+        good.update({k: v.clone() for k, v in training.ema.shadow.items()})
+        with torch.no_grad():
+            training.model.start.fill_(math.nan)
+        return batch
+
+    if seen:
+        training.data = Acting(4, spoil)
+    else:
+        training.optimizer.register_step_post_hook(
+            lambda *_: spoil(None) if training.step == 5 else None
+        )
+    training.run()
+    file = hvae_file.read(tmp_path / MODEL)
+    assert (file.step, training.step, training.skipped) == (4, 6, 2 if seen else 0)
+    if seen:
+        assert all(torch.equal(file.tensors[k], v) for k, v in good.items())
+    with training.evaluated() as model:
+        assert torch.equal(model.start, file.tensors["start"])
+    assert training.model.start.isnan().all()
+    state = run_state.read(tmp_path)
+    assert state["learned"]["model"]["start"].isnan().all()
+    assert state["good"]["model"]["start"].isfinite().all()
+    assert "step 6: hvae.safetensors gets the weights of step 4" in capsys.readouterr().err
+
+
 def test_a_lost_run_goes_back_halves_the_rate_and_gives_up_in_the_end(
     tmp_path, monkeypatch, capsys
 ):

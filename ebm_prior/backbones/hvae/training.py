@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import math
 import time
@@ -161,7 +162,12 @@ class HVAETrainer:
 
     @contextlib.contextmanager
     def evaluated(self) -> Iterator[HVAE]:
-        """The network with the weights that are saved and shown."""
+        """The network with the weights that are saved and shown, the last good ones at need."""
+        if not self._well():
+            model = copy.deepcopy(self.model)
+            model.load_state_dict({**self.good["model"], **self.good["ema"]})
+            yield model
+            return
         with self.ema.applied() if self.ema is not None else contextlib.nullcontext():
             yield self.model
 
@@ -238,6 +244,12 @@ class HVAETrainer:
             return f"the gradient's norm is {measured['gradient']:.3g}, above grad_skip"
         return None
 
+    def _well(self) -> bool:
+        """Whether the last update was applied, and left every weight and average finite."""
+        averages = self.ema.shadow if self.ema is not None else {}
+        values = (*self.model.state_dict().values(), *averages.values())
+        return not self.in_a_row and all(bool(value.isfinite().all()) for value in values)
+
     def _go_back(self, log: RunLog) -> None:
         """Take up the last saved state with half the learning rate, or give up."""
         self._set_learned(self.good)
@@ -271,13 +283,19 @@ class HVAETrainer:
     # --- files ----------------------------------------------------------------------------
 
     def _save(self, log: RunLog) -> None:
-        """Write `last.pt` and the network; every process comes here, the first one writes."""
+        """Write `last.pt` and the network; every process comes here, the first one writes.
+
+        Among skipped steps the weights may be what is wrong: then the network's file has the last
+        good ones. `last.pt` has both, to go on as if nothing had happened.
+        """
         if not parallel.alike(self.model):
             log.say("processes have drifted apart by rounding; all take the first one's weights")
             parallel.broadcast(self.model)
         rng = run_state.random_states(self.generator)
-        if not self.in_a_row:
+        if self._well():
             self.good, self.good_step = self._learned(), self.step
+        else:
+            log.say(f"step {self.step}: {MODEL} gets the weights of step {self.good_step}")
         if parallel.rank() == 0:
             run_state.write(
                 self.out,
@@ -296,7 +314,7 @@ class HVAETrainer:
             )
             with self.evaluated() as model:
                 training = {**asdict(self.settings), "seconds": round(self.seconds, 1)}
-                hvae_file.save(self.out / MODEL, model, step=self.step, training=training)
+                hvae_file.save(self.out / MODEL, model, step=self.good_step, training=training)
         parallel.wait()
 
     @torch.no_grad()

@@ -214,7 +214,7 @@ def test_the_residual_posterior_is_the_contracts():
     torch.testing.assert_close(q.log_std, soft_clamp(prior.raw + raw))
 
 
-@pytest.mark.parametrize("levels", [2, 17, 256])
+@pytest.mark.parametrize("levels", [2, 17, 256, 4096, 65536])
 @pytest.mark.parametrize("log_scale", [-4.9, -2.0, 1.0])
 def test_the_probabilities_of_all_levels_sum_to_one(levels, log_scale):
     y = torch.linspace(-1, 1, levels, dtype=torch.float64)

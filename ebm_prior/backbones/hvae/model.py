@@ -231,7 +231,7 @@ def discretised_logistic(
     above = F.logsigmoid((location - y + half_bin) * inverse)
     width = torch.log(-torch.expm1(-2 * half_bin * inverse))
     inside = below + above + width
-    return torch.where(y < -0.999, below, torch.where(y > 0.999, above, inside))
+    return torch.where(y < half_bin - 1, below, torch.where(y > 1 - half_bin, above, inside))
 
 
 # --- parts

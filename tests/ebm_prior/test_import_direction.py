@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent.parent
-EDGES = ("commands/", "backbones/", "frozen", "attach")
+EDGES = ("commands/", "backbones/", "attach")
 # Who knows that there is an NVAE or an HVAE: their adapters, what is put into an NVAE or trains an
 # HVAE, and the demo, which is of one NVAE.
 KNOW_THE_BACKBONE = ("backbones/", "attach", "commands/train_hvae/", "commands/demo/")
@@ -28,20 +28,34 @@ def modules(package):
 
 
 def imports(path):
-    """Every module that the file imports, late imports and literal `import_module` included."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+    """Every module and name that the file imports, late or by a literal `import_module`.
+
+    What it takes of an imported module counts too: `from nvae import arch; arch.ModelConfig`.
+    """
+    found, bound = set(), {}
+    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    for node in nodes:
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            for alias in node.names:
+                found.add(alias.name)
+                first = alias.name.split(".")[0]
+                bound[alias.asname or first] = alias.name if alias.asname else first
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: write imports in full"
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+            for alias in node.names:
+                found.add(f"{node.module}.{alias.name}")
+                bound[alias.asname or alias.name] = f"{node.module}.{alias.name}"
         elif (
             isinstance(node, ast.Call)
             and getattr(node.func, "attr", getattr(node.func, "id", "")) == "import_module"
             and isinstance(node.args[0], ast.Constant)
         ):
             found.add(node.args[0].value)
+    for node in nodes:
+        if isinstance(node, ast.Attribute):
+            first, *rest = ast.unparse(node).split(".")
+            if first in bound:
+                found.add(".".join([bound[first], *rest]))
     return found
 
 
@@ -79,10 +93,25 @@ def test_the_backbone_knows_the_prior_only_by_the_hook_of_its_flag(path):
     assert found <= ({"ebm_prior.attach"} if path.name == "evaluate.py" else set())
 
 
+@pytest.mark.parametrize(
+    "code",
+    [
+        "from nvae import arch\narch.ModelConfig()",
+        "import nvae.arch\nnvae.arch.ModelConfig",
+        "import nvae.arch as a\nx: a.ModelConfig",
+        "def late():\n    from nvae.arch import ModelConfig",
+    ],
+)
+def test_a_name_taken_of_an_imported_module_is_seen(tmp_path, code):
+    (tmp_path / "module.py").write_text(code)
+    assert under(imports(tmp_path / "module.py"), *BACKBONES) == {"nvae.arch.ModelConfig"}
+
+
 def test_the_mathematics_runs_without_the_backbone():
     code = """
 import sys
 import ebm_prior.prior, ebm_prior.checkpoint, ebm_prior.trainer
+from ebm_prior import joint, ncp, fitted, control, hierarchy, ood, transitions, diagnostics, hole
 print([name for name in sys.modules if name.split(".")[0] == "nvae"])
 """
     assert python(code) == "[]"

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
+from pathlib import Path
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from ebm_prior.commands.shared import labels
+from ebm_prior.commands.shared.session import Job
+from nvae import runtime
 
 DIGITS = torch.tensor([3, 8, 0, 1])
 
@@ -28,6 +34,16 @@ def test_a_class_is_found_by_name_or_number():
     assert [parity.number(text) for text in ("odd", "even", "1")] == [1, 0, 1]
     with pytest.raises(ValueError, match="parity=blue: expected one of even, odd"):
         parity.number("blue")
+
+
+def test_a_few_images_have_the_classes_of_the_whole_set():
+    backbone = SimpleNamespace(config=SimpleNamespace(dataset="digits", image_shape=(1, 8, 8)))
+    args = Namespace(max_images=3)
+    job = Job(runtime.Runtime(torch.device("cpu")), backbone, None, args, Path(), 0, 10)
+    images, (kind, parity) = job.labelled(True, ["class", "parity"])
+    assert (len(images), len(kind.classes), len(parity.classes)) == (3, 10, 2)
+    assert torch.equal(kind.values, job.images(True)[1])
+    assert torch.equal(parity.values, kind.values % 2)
 
 
 def test_columns_of_a_file_come_by_name_and_an_empty_field_is_no_label(tmp_path):

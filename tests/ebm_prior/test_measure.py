@@ -7,9 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
-from ebm_prior.commands.shared import figures
+from ebm_prior.commands.shared import figures, measure
 from ebm_prior.commands.shared.classifier import SmallClassifier, accuracy, train_classifier
 from ebm_prior.commands.shared.measure import Ruler, joined
+from ebm_prior.commands.shared.subset import Subset
 from nvae import data, metrics, runtime
 
 
@@ -22,6 +23,8 @@ class Digits:
     def images(self, train, limit=None):
         half = data.load("digits", None, train=train)
         return torch.stack([half[i] for i in range(len(half))]), half.labels
+
+    chosen = images
 
 
 @pytest.fixture(scope="module")
@@ -124,9 +127,24 @@ def test_random_features_are_never_called_fid(digits, tmp_path):
     assert again.protocol["reference"] == str(path)
 
 
+def test_a_reference_is_read_block_by_block_and_measures_as_in_memory(digits, monkeypatch):
+    monkeypatch.setattr(measure, "BLOCK", 100)
+    half, read = data.load("digits", None, train=True), []
+    load = half.load_image
+    half.load_image = lambda index: read.append(index) or load(index)
+    chosen = torch.arange(0, 1400, 2)
+    images = Subset(half, chosen)
+    assert images.shape == (700, 1, 8, 8)
+    assert len(read) == 1
+    one = Ruler.of(Digits(), images, None, features="random")
+    two = Ruler.of(Digits(), digits[True][0][chosen], None, features="random")
+    assert torch.equal(one.statistics.mean, two.statistics.mean)
+    assert read[1:] == chosen.tolist()
+
+
 def test_what_is_missing_is_told(tmp_path):
     job = SimpleNamespace(
-        dataset="celeba_64", here=Digits.here, images=lambda train: (torch.rand(4, 3, 8, 8), None)
+        dataset="celeba_64", here=Digits.here, chosen=lambda train: (torch.rand(4, 3, 8, 8), None)
     )
     for flags, message in (
         ({"features": "classifier"}, "celeba_64 has no labels to train a classifier"),

@@ -14,6 +14,7 @@ from ebm_prior.base import Prior
 from ebm_prior.commands.evaluate import LARGEST_FIT
 from ebm_prior.commands.shared.rows import Row, drawn_by, gaussian_row
 from ebm_prior.commands.shared.session import Job
+from ebm_prior.commands.shared.subset import Images, draws_of, posterior
 from ebm_prior.config import PriorConfig
 from ebm_prior.fitted import FittedPrior
 from ebm_prior.seeds import seeded
@@ -33,7 +34,7 @@ KINDS = {
 }
 
 
-def all_rows(job: Job, images: Tensor | None) -> list[Row]:
+def all_rows(job: Job, images: Images | None) -> list[Row]:
     """Gaussian, controls, the priors given, reconstructions; everything is opened and checked.
 
     Rows without a prior of their own use the BatchNorm statistics of the first prior.
@@ -76,26 +77,32 @@ def _chains(priors: Sequence[Prior]) -> list[Row]:
     return list(rows.values())
 
 
-def _repeats(images: Tensor) -> int:
+def _repeats(images: Images) -> int:
     return FIT_DRAWS if len(images) <= FEW else 1
 
 
-def _fits(images: Tensor, dim: int) -> bool:
+def _fits(images: Images, dim: int) -> bool:
     """Whether a full covariance is soon had."""
     return dim <= LARGEST_FIT and _repeats(images) * len(images) > dim
 
 
-def _fitted(job: Job, images: Tensor) -> Row:
+def _fitted(job: Job, images: Images) -> Row:
     """The Gaussian fitted on the spot: the cheapest prior that knows the aggregate posterior."""
     backbone = job.backbone_in_use
-    draws = images.repeat(_repeats(images), 1, 1, 1)[:MOST_SAMPLES]
+    times = _repeats(images)
+    most = min(MOST_SAMPLES, draws_of(len(images), times, backbone.layout.dim))
+    which = torch.arange(len(images)).repeat(times)[:most]
     rank = 0 if backbone.layout.dim <= LARGEST_FIT else RANK
     config = PriorConfig(shapes=backbone.layout.shapes, kind="fitted", rank=rank)
     found: list[Prior] = []
 
+    def infer(first: int, count: int) -> Tensor:
+        generator = job.generator("infer", "fit", first)
+        return posterior(backbone, images, which[first : first + count], generator)
+
     def fit() -> None:
         if not found:
-            u = job.infer(draws, "fit").to(job.here.device)
+            u = job.blocks(most, "posterior", infer).to(job.here.device)
             found.append(FittedPrior.fit(backbone, config, u))
 
     def draw(first: int, count: int, generator: torch.Generator) -> Tensor:
@@ -103,13 +110,13 @@ def _fitted(job: Job, images: Tensor) -> Row:
 
     facts = {
         "covariance_rank": rank or "full",
-        "posterior_draws": len(draws),
+        "posterior_draws": most,
         "seed_of_fit": job.seed,
     }
     return Row("fitted", "fitted Gaussian", draw, backbone, "fitted", facts=facts, prepare=fit)
 
 
-def _reconstructions(images: Tensor, device: torch.device, backbone: Any) -> Row:
+def _reconstructions(images: Images, device: torch.device, backbone: Any) -> Row:
     order = torch.randperm(len(images), generator=seeded("cpu", len(images)))
 
     def draw(first: int, count: int, generator: torch.Generator) -> Tensor:

@@ -15,7 +15,9 @@ from ebm_prior.commands.shared.kept import Kept
 from ebm_prior.commands.shared.measure import Ruler
 from ebm_prior.commands.shared.panels import save_panels
 from ebm_prior.commands.shared.rows import Row
+from ebm_prior.commands.shared.samples import SHOWN
 from ebm_prior.commands.shared.session import Job
+from ebm_prior.commands.shared.subset import Images
 
 
 def evaluate(job: Job) -> None:
@@ -64,7 +66,7 @@ def evaluate(job: Job) -> None:
         for row in rows
     }
     if images is not None:
-        captions["training images"] = images
+        captions["training images"] = images[:SHOWN]
     save_panels(job.out / "comparison.png", captions)
     figures.bars(
         job.out / "rows.png",
@@ -76,12 +78,12 @@ def evaluate(job: Job) -> None:
     print(f"\nwrote {job.out}/report.json, comparison.png, rows.png")
 
 
-def _images(job: Job) -> tuple[Tensor | None, Tensor | None]:
+def _images(job: Job) -> tuple[Images | None, Tensor | None]:
     """Training images with labels; none where only statistics are given."""
     if job.args.data is None and job.args.fid_dir is not None and job.dataset != "digits":
         print("note: no --data: no fitted Gaussian, no reconstructions", file=sys.stderr)
         return None, None
-    return job.images(train=True)
+    return job.chosen(train=True)
 
 
 def told(rows: list[Row], found: dict[str, dict[str, Any]], ruler: Ruler) -> str:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ebm_prior import parallel
 from ebm_prior.commands.shared.classifier import SmallClassifier, accuracy, train_classifier
+from ebm_prior.commands.shared.subset import Images
 from nvae import metrics
 from nvae.features import FID, FeatureNetwork, Features, described
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 
 CONFIDENT = 0.95  # the classifier's probability from which an image counts as legible
 NUM_COMPONENTS = 32
-BLOCK = 2000  # images through a classifier at once
+BLOCK = 2000  # images in memory at once
 
 
 class Seen(NamedTuple):
@@ -92,7 +93,7 @@ class Ruler(ABC):
     @staticmethod
     def of(
         job: Job,
-        images: Tensor | None = None,
+        images: Images | None = None,
         labels: Tensor | None = None,
         *,
         inception: str | None = None,
@@ -117,14 +118,14 @@ class Ruler(ABC):
         if features != "classifier":
             return _network_ruler(job, images, inception, features, fid_dir)
         if images is None:
-            images, labels = job.images(train=True)
+            images, labels = job.chosen(train=True)
         if labels is None:
             raise ValueError(
                 f"{job.dataset} has no labels to train a classifier with; give --features random,"
                 " or --inception FILE --features 2048"
             )
         held_out, their_labels = job.images(train=False) if digits else (None, None)
-        return _classifier_ruler(job, images, labels, held_out, their_labels)
+        return _classifier_ruler(job, images[:], labels, held_out, their_labels)
 
 
 @dataclass(frozen=True)
@@ -247,8 +248,17 @@ def _classifier_ruler(
     return ClassifierRuler(classifier, components, reference, protocol)
 
 
+def _pooled(job: Job, network: FeatureNetwork, images: Images) -> Tensor:
+    """Features (N, F) of the reference, block by block, each process its share."""
+    firsts = range(0, len(images), BLOCK)
+    mine = firsts[job.here.rank :: job.here.world_size]
+    found = {first: network(images[first : first + BLOCK]).pooled for first in mine}
+    every = {first: x for part in parallel.collect(found) for first, x in part.items()}
+    return torch.cat([every[first] for first in firsts])
+
+
 def _network_ruler(
-    job: Job, images: Tensor | None, inception: str | None, features: str, fid_dir: str | None
+    job: Job, images: Images | None, inception: str | None, features: str, fid_dir: str | None
 ) -> NetworkRuler:
     from nvae import feature_networks
     from nvae.digest import sha256
@@ -266,8 +276,8 @@ def _network_ruler(
         }
         return NetworkRuler(network, statistics, protocol)
     if images is None:
-        images, _ = job.images(train=True)
-    pooled = network(images).pooled
+        images, _ = job.chosen(train=True)
+    pooled = _pooled(job, network, images)
     statistics = metrics.Statistics.of(pooled, label=network.label, sample=pooled)
     reference = f"{len(images)} training images of {job.dataset}"
     return NetworkRuler(network, statistics, {**protocol, "reference": reference})

@@ -23,6 +23,7 @@ from ebm_prior.base import Prior
 from ebm_prior.commands.shared import labels
 from ebm_prior.commands.shared.arguments import settings
 from ebm_prior.commands.shared.labels import Labels
+from ebm_prior.commands.shared.subset import Images, Subset
 from ebm_prior.seeds import seeded
 from nvae import data, digest, runtime
 from nvae.evaluation.job import provenance, write_json
@@ -58,28 +59,36 @@ class Job:
             limit: at most so many, chosen by the seed, in the order of the set; by default
                 `--max_images`.
         """
-        images, own, _ = self._half(train, limit)
-        return images, own
+        images, labels = self.chosen(train, limit)
+        return images[:], labels
+
+    def chosen(self, train: bool, limit: int | None = None) -> tuple[Images, Tensor | None]:
+        """The same, but images that are no tensor in memory anyway are read when asked for."""
+        images = self._half(train, limit)
+        own = images.whole.labels
+        # Some of those in memory are drawn anew at each reading, as binary pixels are.
+        read = images[:] if images.whole.in_memory else images
+        return read, None if own is None else own[images.index]
 
     def labelled(
         self, train: bool, names: Sequence[str], limit: int | None = None
     ) -> tuple[Tensor, list[Labels]]:
         """Images, and their labels for every attribute of `names`."""
-        images, own, (index, count) = self._half(train, limit)
+        images = self._half(train, limit)
         folder = getattr(self.args, "labels", None)
-        if own is not None and len(index) < count:
-            whole = torch.full((count,), 0)
-            whole[index] = own
-            own = whole
+        # Of the whole set: a class may be missing among a few images.
         found = labels.load(
-            names, self.dataset, own, count, train=train, folder=Path(folder) if folder else None
+            names,
+            self.dataset,
+            images.whole.labels,
+            len(images.whole),
+            train=train,
+            folder=Path(folder) if folder else None,
         )
-        return images, [replace(each, values=each.values[index]) for each in found]
+        return images[:], [replace(each, values=each.values[images.index]) for each in found]
 
-    def _half(
-        self, train: bool, limit: int | None
-    ) -> tuple[Tensor, Tensor | None, tuple[Tensor, int]]:
-        """Images, class labels, which of how many they are."""
+    def _half(self, train: bool, limit: int | None) -> Subset:
+        """The images of one half, none of them kept."""
         root = getattr(self.args, "data", None)
         if root is None and self.dataset != "digits":
             raise ValueError(f"give --data, the folder that holds the images of {self.dataset}")
@@ -89,15 +98,14 @@ class Job:
         if limit is not None and limit < len(found):
             order = torch.randperm(len(found), generator=seeded("cpu", self.seed, len(found)))
             index = order[:limit].sort().values
-        images = torch.stack([found[int(i)] for i in index])
+        images = Subset(found, index)
         if tuple(images.shape[1:]) != tuple(self.backbone.config.image_shape):
             raise ValueError(
                 f"images of {self.dataset} have shape {tuple(images.shape[1:])}, the VAE takes"
                 f" {tuple(self.backbone.config.image_shape)}; give the data it was trained on, or"
                 " --dataset folder"
             )
-        own = None if found.labels is None else found.labels[index]
-        return images, own, (index, len(found))
+        return images
 
     # --- draws ----------------------------------------------------------------------------
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ebm_prior import checkpoint
+from ebm_prior.commands.shared.subset import Subset, draws_of, posterior
 from ebm_prior.commands.train.flags import Run, prior_config
 from ebm_prior.fitted import FittedPrior
 from ebm_prior.seeds import seeded
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from nvae.runtime import Runtime
 
 LARGEST_FULL = 10_000  # coordinates: a covariance of 800 MB in double precision
-MEMORY = 4 * 2**30  # bytes that the draws of u may take
 BLOCK = 500
 
 
@@ -109,13 +109,12 @@ def draws(command: Run, backbone: Opened, images: ImageSet) -> Tensor:
     seed, times = command.options["seed"], command.settings["draws"]
     if times < 1:
         raise ValueError(f"--draws {times}: expected at least 1")
-    most = MEMORY // (4 * backbone.layout.dim)
+    most = draws_of(len(images), times, backbone.layout.dim)
     order = torch.randperm(len(images), generator=seeded("cpu", seed))
     index = order.repeat_interleave(times)[:most]  # `low_rank` takes halves of different images
     size = min(BLOCK, max(1, command.settings["batch_size"]))
-    found = []
+    found, chosen = [], Subset(images, torch.arange(len(images)))
     for first in tqdm(range(0, len(index), size), "posterior", disable=None):
-        x = torch.stack([images[int(i)] for i in index[first : first + size]])
-        x = x.to(backbone.device)
-        found.append(backbone.infer(x, seeded(backbone.device, seed, first, 0)))
+        generator = seeded(backbone.device, seed, first, 0)
+        found.append(posterior(backbone, chosen, index[first : first + size], generator))
     return torch.cat(found)

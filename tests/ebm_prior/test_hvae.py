@@ -22,11 +22,10 @@ from ebm_prior.backbones.hvae.config import SIZES, HVAEConfig
 from ebm_prior.backbones.hvae.model import (
     HVAE,
     Normal,
-    discretised_logistic,
     kl_divergence,
-    soft_clamp,
 )
 from ebm_prior.backbones.hvae.objective import measure, terms
+from ebm_prior.backbones.hvae.pixels import COMPONENTS, discretised_logistic, soft_clamp
 from ebm_prior.backbones.hvae.settings import HVAESettings
 from ebm_prior.backbones.hvae.training import MODEL, HVAETrainer
 from ebm_prior.commands import main
@@ -64,7 +63,11 @@ def network(likelihood="logistic", seed=0, dtype=torch.float64, **changes):
 
 
 FOLDED = {"image_width": 0, "groups": 0, "widths": (6, 5, 4)}
-KINDS = {"normalised": {}, "folded": FOLDED, "gaussian": {"likelihood": "gaussian"}}
+KINDS = {
+    "normalised": {},
+    "folded": FOLDED,
+    **{name: {"likelihood": name} for name in ("gaussian", "mixture")},
+}
 
 
 @pytest.fixture(params=KINDS)
@@ -230,6 +233,30 @@ def test_a_levels_probability_is_the_difference_of_two_sigmoids():
     a, b = ((y + s / 16 - location) / scale for s in (1, -1))
     expected = (torch.sigmoid(a) - torch.sigmoid(b)).log()
     torch.testing.assert_close(discretised_logistic(y, at, log_scale, 1 / 16), expected)
+
+
+def test_a_mixture_of_one_component_is_the_logistic_and_of_more_sums_to_one():
+    x, generator = torch.tensor([3, 16, 0]).double().view(1, 3, 1, 1) / 16, seeded("cpu", 0)
+
+    def model(likelihood, channels):
+        config = HVAEConfig("mine", (channels, 8, 8), ((1, 4, 4),), (4,), 0, 0, 0, likelihood, 17)
+        return HVAE(config)
+
+    one, several = (model(name, 3) for name in ("logistic", "mixture"))
+    output = torch.randn(1, 6, 1, 1, generator=generator).double()
+    logits = torch.tensor([0.0, -1e4, -1e4, -1e4, -1e4]).double().view(1, COMPONENTS, 1, 1)
+    same = torch.cat([logits, output.repeat_interleave(COMPONENTS, 1)], 1)
+    torch.testing.assert_close(several.log_prob(same, x), one.log_prob(output, x))
+    torch.testing.assert_close(several.mean(same), one.mean(output))
+
+    grey = model("mixture", 1)
+    output = torch.randn(1, 3 * COMPONENTS, 1, 1, generator=generator).double()
+    levels = torch.arange(17).double().view(17, 1, 1, 1) / 16
+    total = grey.log_prob(output.expand(17, -1, -1, -1), levels).exp().sum()
+    torch.testing.assert_close(total, torch.ones((), dtype=torch.float64))
+    weights, location, _ = output.flatten().split(COMPONENTS)
+    expected = (weights.softmax(0) @ location / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(grey.mean(output).squeeze(), expected)
 
 
 def test_gaussian_pixels_have_the_density_of_their_bin():

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
-LIKELIHOODS = ("logistic", "gaussian")
+LIKELIHOODS = ("logistic", "mixture", "gaussian")
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class HVAEConfig:
         cells: residual cells of a stage.
         groups: of GroupNorm in the cells; 0: no normalisation.
         likelihood: of a pixel's value: `logistic`: discretised, its scale predicted, one
-            component; `gaussian`: one learned deviation for all.
+            component; `mixture`: of 5 such components; `gaussian`: one learned deviation for all.
         levels: values a pixel can take.
     """
 

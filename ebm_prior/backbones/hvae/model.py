@@ -10,15 +10,15 @@ Callers of the walk differ only in how a layer's z is chosen. Layers are listed 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ebm_prior.backbones.hvae import pixels
 from ebm_prior.backbones.hvae.config import HVAEConfig
+from ebm_prior.backbones.hvae.pixels import soft_clamp
 
 
 class Normal(NamedTuple):
@@ -53,11 +53,6 @@ class Forward(NamedTuple):
 
     output: Tensor
     kl: list[Tensor]  # per layer (B, C), summed over pixels
-
-
-def soft_clamp(x: Tensor) -> Tensor:
-    """5 tanh(x / 5)."""
-    return 5 * torch.tanh(x / 5)
 
 
 def kl_divergence(q: Normal, p: Normal) -> Tensor:
@@ -121,7 +116,7 @@ class HVAE(nn.Module):
             nn.Conv2d(c, widths[i], 1) for i, (c, _, _) in enumerate(config.latents)
         )
         self.cells = nn.ModuleList(nn.Sequential(*cells(width)) for width in widths)
-        outputs = channels * (2 if config.likelihood == "logistic" else 1)
+        outputs = pixels.parameters(config)
         if first:
             self.image = nn.Sequential(
                 *_grow(widths[-1], first, fold),
@@ -193,45 +188,14 @@ class HVAE(nn.Module):
         assert output is not None
         return Forward(output, kl)
 
-    # --- the pixels -----------------------------------------------------------------------
-
     def log_prob(self, output: Tensor, x: Tensor) -> Tensor:
         """log p(x | z) in nats, (B,), of images in [0, 1] on the configuration's levels."""
-        y, half_bin = 2 * x - 1, 1 / (self.config.levels - 1)
-        if self.config.likelihood == "logistic":
-            location, raw = output.chunk(2, dim=1)
-            values = discretised_logistic(y, location, soft_clamp(raw), half_bin)
-        else:
-            # The density at the level times the width of its bin: the deviation spans many bins.
-            log_std = soft_clamp(self.pixel_log_std)
-            values = (
-                -0.5 * ((y - output) * torch.exp(-log_std)).square()
-                - log_std
-                - 0.5 * math.log(2 * math.pi)
-                + math.log(2 * half_bin)
-            )
-        return values.sum(dim=(1, 2, 3))
+        log_std = getattr(self, "pixel_log_std", None)
+        return pixels.log_prob(self.config, output, x, log_std)
 
     def mean(self, output: Tensor) -> Tensor:
-        """The pixels' locations in [0, 1]: what is shown as the image."""
-        location = output.chunk(2, dim=1)[0] if self.config.likelihood == "logistic" else output
-        return (location / 2 + 0.5).clamp(0, 1)
-
-
-def discretised_logistic(
-    y: Tensor, location: Tensor, log_scale: Tensor, half_bin: float
-) -> Tensor:
-    r"""Log probability of a level's bin on [-1, 1]; the first and the last bin own the tails.
-
-    With :math:`a = (y + h - \mu) / s` and :math:`b = (y - h - \mu) / s`, exactly and without
-    cancellation: :math:`\sigma(a) - \sigma(b) = \sigma(a)\,\sigma(-b)\,(1 - e^{-2h/s})`.
-    """
-    inverse = torch.exp(-log_scale)
-    below = F.logsigmoid((y + half_bin - location) * inverse)
-    above = F.logsigmoid((location - y + half_bin) * inverse)
-    width = torch.log(-torch.expm1(-2 * half_bin * inverse))
-    inside = below + above + width
-    return torch.where(y < half_bin - 1, below, torch.where(y > 1 - half_bin, above, inside))
+        """The pixels' means in [0, 1]: what is shown as the image."""
+        return pixels.mean(self.config, output)
 
 
 # --- parts

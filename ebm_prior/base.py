@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -61,6 +61,20 @@ class Prior(nn.Module, ABC):
         callback: Callable[[int, Tensor], None] | None = None,
     ) -> Tensor:
         """Draw u_0, (num, D); the callback is called with (k, u_k) for every state on the way."""
+
+    @abstractmethod
+    def energy(self, u: Tensor, t: int | Tensor = 0) -> Tensor:
+        """(B,) at u (B, D): low where the prior has more mass than the VAE's own, see the kind."""
+
+    def layer_energy(self, u: Tensor, t: int | Tensor = 0) -> Tensor:
+        """(B, L) at u (B, D): the energy of each layer, where it is a sum over layers."""
+        raise ValueError(
+            f"a {self.config.kind} prior has no energy of single layers, only that of all: energy"
+        )
+
+    @classmethod
+    def check_learned(cls, config: PriorConfig, learned: Mapping[str, Tensor]) -> None:
+        """Refuse values that cannot be used; names, shapes and finiteness are checked already."""
 
     def loss(
         self, u: Tensor, *, generator: torch.Generator | None, squared_penalty: float = 0.0

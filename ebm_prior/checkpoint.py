@@ -178,6 +178,10 @@ def check_tensors(name: str, config: PriorConfig, learned: Mapping[str, Tensor])
                 f" {tuple(expected[key].shape)}; the file's config and tensors disagree"
             )
     _check_finite(name, learned)
+    try:
+        kinds.kind(config.kind).check_learned(config, learned)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}; the file is damaged") from None
 
 
 def _check_finite(name: str, tensors: Mapping[str, Tensor]) -> None:

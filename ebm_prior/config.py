@@ -108,8 +108,19 @@ class PriorConfig:
         self._require(
             "preset", self.preset is None or isinstance(self.preset, str), "a name or null"
         )
+        if self.kind == "joint":
+            self._require("max_T", self.max_T == 1, "1: one marginal EBM has no diffusion")
+            self._require(
+                "last_step_kernel", not self.last_step_kernel, "false: the joint prior has none"
+            )
+            self._require(
+                "joint_logdet",
+                self.sampler == "u" or self.joint_logdet == "exact",
+                "exact with the sampler 'z', which misses none: leave it, or take the sampler 'u'",
+            )
         object.__setattr__(self, "attributes", self._attributes())
         if self.contexts is not None:
+            self._require("contexts", self.kind == "ncp", "none for another kind than ncp")
             self._require("contexts", len(self.contexts) == len(self.shapes), "one per layer")
             found = tuple(None if c is None else Layout((c,)).shapes[0] for c in self.contexts)
             object.__setattr__(self, "contexts", found)

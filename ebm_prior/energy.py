@@ -255,14 +255,15 @@ class MapEnergy(nn.Module):
         def dense(size_in: int, size_out: int) -> nn.Module:
             return linear(size_in, size_out, spectral_norm, bias=True)
 
+        convolution = SNConv2d if spectral_norm else nn.Conv2d
+
         def conv3(size_in: int, stride: tuple[int, int] = (1, 1)) -> nn.Module:
-            layer = SNConv2d if spectral_norm else nn.Conv2d
-            return layer(size_in, width, 3, stride, padding=1)
+            return convolution(size_in, width, 3, stride, padding=1)
 
         channels, high, wide = self.shape = (*shape, 1, 1)[:3]
         self.time = nn.Sequential(dense(EMBEDDING, width), nn.SiLU(), dense(width, width))
         self.first = conv3(channels)
-        self.local = nn.Sequential(nn.SiLU(), nn.Conv2d(width, outputs, 1))
+        self.local = nn.Sequential(nn.SiLU(), convolution(width, outputs, 1))
         self.down = nn.Sequential()
         while max(high, wide) > 4:
             stride = (2 if high > 4 else 1, 2 if wide > 4 else 1)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -78,6 +78,21 @@ class FittedPrior(Prior):
     @classmethod
     def networks(cls, config: PriorConfig) -> Covariance:
         return Covariance(Layout(config.shapes).dim, config.rank)
+
+    @classmethod
+    def check_learned(cls, config: PriorConfig, learned: Mapping[str, Tensor]) -> None:
+        """A covariance: else samples were not numbers, without a word."""
+        factor = learned["factor"]
+        if config.rank:
+            if config.rank >= len(factor):
+                raise ValueError(f"rank {config.rank} of {len(factor)} coordinates: not a low one")
+            variances, name = learned["diagonal"], "variances beside the factor"
+        else:
+            variances, name = factor.diagonal(), "values on the Cholesky factor's diagonal"
+            if factor.triu(1).any():
+                raise ValueError("the Cholesky factor is not lower triangular")
+        if not (variances > 0).all():
+            raise ValueError(f"{int((variances <= 0).sum())} {name} are not positive")
 
     @property
     def learned(self) -> nn.Module:

@@ -10,13 +10,14 @@ follows is `EBMPrior`'s; the positives of learning are the clean posterior draws
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ebm_prior import langevin
 from ebm_prior.backbones.base import Backbone, Moments
-from ebm_prior.base import LossInfo, frozen, in_mode
+from ebm_prior.base import frozen
 from ebm_prior.config import PriorConfig
 from ebm_prior.moments import log_prior, log_std, smallest_std, with_moments
 from ebm_prior.prior import EBMPrior, Record
@@ -32,28 +33,18 @@ class JointPrior(EBMPrior):
       multi-scale: a step on coordinates of deviation sigma neither overshoots nor diverges while
       e2 < 2 sigma^2, so the narrowest layer sets the pace of all.
 
-    The step size is e2 = b2 sigma_1^2, which is b2 but for 4e-5 of it.
+    The step size is e2 = b2 sigma_1^2, which is b2 but for 4e-5 of it. z_{>i} is z
+    above layer i in the paper's numbers, which grow towards the top; our lists are top first.
+
+    It knows no labels: arguments that `EBMPrior` has for them are refused.
 
     Raises:
-        ValueError: settings of the diffusion model, or a backbone without `moments` for the
-            samplers that need them.
+        ValueError: a backbone without `moments` for the samplers that need them.
     """
 
     def __init__(self, backbone: Backbone, config: PriorConfig) -> None:
-        if config.max_T != 1:
-            raise ValueError(
-                f"max_T is {config.max_T}, expected 1: the joint prior is one marginal EBM without"
-                " diffusion; set max_T to 1, or take the kind diffusion"
-            )
-        if config.last_step_kernel:
-            raise ValueError("last_step_kernel is on, but the joint prior has no kernel; drop it")
-        released = config.joint_logdet == "released"
-        if released and config.sampler == "z":
-            raise ValueError(
-                "joint_logdet is 'released' for the sampler 'z', expected 'exact': in z-space no"
-                " log-determinant is missing; take the sampler 'u', or leave joint_logdet"
-            )
         super().__init__(backbone, config)
+        released = config.joint_logdet == "released"
         if released or config.sampler == "z":
             what = "joint_logdet 'released'" if released else "the joint prior's sampler 'z'"
             with_moments(backbone, what)
@@ -62,18 +53,10 @@ class JointPrior(EBMPrior):
         return with_moments(self.backbone, "the joint prior").moments(z)
 
     def log_density(
-        self,
-        t: int | Tensor,
-        u_next: Tensor,
-        *,
-        labels: Tensor | None = None,
-        guidance: float = 1.0,
-        zero_energy: bool = False,
+        self, t: int | Tensor, u_next: Tensor, *, zero_energy: bool = False, **labelled: Any
     ) -> langevin.LogDensity:
         """The function u -> log p(u), (B, D) -> (B,), up to a constant; `u_next` gives shapes."""
-        log_p = super().log_density(
-            t, u_next, labels=labels, guidance=guidance, zero_energy=zero_energy
-        )
+        log_p = super().log_density(t, u_next, zero_energy=zero_energy, **labelled)
         if self.config.joint_logdet == "exact":
             return log_p
         return lambda u: log_p(u) - log_std(self._moments(self.backbone.to_z(u)))
@@ -90,6 +73,15 @@ class JointPrior(EBMPrior):
             return log_p_beta + (self.energies(z, t) / self.scale(t, flat)).sum(1)
 
         return log_p
+
+    def chain(
+        self, t: int, u_next: Tensor, *, zero_energy: bool = False
+    ) -> tuple[Tensor, langevin.LogDensity]:
+        """Start and density of the chain, in u or, joined to one tensor, in z."""
+        if self.config.sampler == "u":
+            return super().chain(t, u_next, zero_energy=zero_energy)
+        start = self.layout.join(self.backbone.to_z(u_next))
+        return start, self.log_density_z(zero_energy=zero_energy)
 
     def reverse(
         self,
@@ -112,8 +104,10 @@ class JointPrior(EBMPrior):
         where a held z is a held u.
 
         Raises:
-            ValueError: in z-space, a step size that the narrowest layer does not stand.
+            ValueError: labels, or in z-space a step size that the narrowest layer does not stand.
         """
+        if labels is not None:
+            self.coupling.check_labels(labels, len(u_next))
         if self.config.sampler == "u":
             return super().reverse(
                 t,
@@ -123,8 +117,6 @@ class JointPrior(EBMPrior):
                 noise=noise,
                 mask=mask,
                 init=init,
-                labels=labels,
-                guidance=guidance,
                 zero_energy=zero_energy,
                 on_step=on_step,
             )
@@ -160,25 +152,8 @@ class JointPrior(EBMPrior):
                 " priors: set a smaller b2, or take the sampler 'u'"
             )
 
-    def loss(
-        self,
-        u: Tensor,
-        *,
-        generator: torch.Generator | None,
-        labels: Tensor | None = None,
-        label_weight: float = 1.0,
-        squared_penalty: float = 0.0,
-    ) -> tuple[Tensor, LossInfo]:
-        """The contrastive loss of posterior draws u, (B, D), and of chains from N(0, I)."""
-        u = u.detach()
-        t = self._index(0, u)
-        with in_mode(self.energies, training=True):
-            negative = self.reverse(t, langevin.standard_normal(u, generator), generator=generator)
-            return self.contrast(
-                u,
-                negative,
-                t,
-                labels=labels,
-                label_weight=label_weight,
-                squared_penalty=squared_penalty,
-            )
+    def training_pair(
+        self, u: Tensor, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """t = 0, the posterior draws u themselves, and N(0, I), where their chains start."""
+        return self._index(0, u), u, langevin.standard_normal(u, generator)

@@ -1,6 +1,8 @@
 """What the optional fifth method of a backbone, `moments(z)`, gives: log p_beta(z), and a walk.
 
 Needed by the baselines that look at single layers: `ncp.py` and the variants of `joint.py`.
+z_{>i} in formulas is z above layer i in the paper's numbers, which grow towards the top; our lists
+are top first.
 """
 
 from __future__ import annotations

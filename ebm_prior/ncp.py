@@ -4,7 +4,8 @@ r"""The noise-contrastive prior, a baseline without chains in its training.
     r_i = \frac{D_i}{1 - D_i} = e^{f_i}
 
 D_i tells posterior draws of a layer from draws of the VAE's own prior, given the decoder's state
-before that layer; f_i is its logit (contract, baselines.md, section 3).
+before that layer; f_i is its logit (contract, baselines.md, section 3). z_{>i} is z above layer i
+in the paper's numbers, which grow towards the top; our lists are top first.
 """
 
 from __future__ import annotations
@@ -45,6 +46,11 @@ class NCPPrior(Prior):
     def __init__(self, backbone: Backbone, config: PriorConfig) -> None:
         super().__init__(backbone, config)
         with_moments(backbone, PURPOSE)
+        if config.contexts is not None and config.contexts != (found := context_shapes(backbone)):
+            raise ValueError(
+                f"the prior's classifiers see decoder states of shapes {config.contexts}, the"
+                f" backbone's are {found}: they do not belong together"
+            )
         self.classifiers = self.networks(config)
         self.last_ess: Tensor | None = None
         self.eval()
@@ -81,7 +87,7 @@ class NCPPrior(Prior):
         return torch.stack([self.logit(i, part, m.h) for i, (part, m) in triples], dim=1)
 
     def layer_energy(self, u: Tensor, t: int | Tensor = 0) -> Tensor:
-        """(B, L): -f_i, at u (B, D); there is no diffusion, t is not looked at."""
+        """(B, L): -f_i; there is no diffusion, t is not looked at."""
         z = self.backbone.to_z(u)
         return -self.logits(z, with_moments(self.backbone, PURPOSE).moments(z))
 
@@ -241,7 +247,8 @@ def context_shapes(backbone: Backbone) -> tuple[tuple[int, ...] | None, ...]:
 
     What a configuration with contexts says, found by one call of the backbone.
     """
-    u = torch.zeros(1, backbone.layout.dim, device=getattr(backbone, "device", None))
+    like = {name: getattr(backbone, name, None) for name in ("device", "dtype")}
+    u = torch.zeros(1, backbone.layout.dim, **like)
     with torch.no_grad():
         found = with_moments(backbone, PURPOSE).moments(backbone.to_z(u))
     return tuple(None if m.h is None else tuple(m.h.shape[1:]) for m in found)

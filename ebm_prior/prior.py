@@ -64,7 +64,7 @@ class EBMPrior(Prior):
         """
         return at(self.step_sizes, t, like) if self.config.energy_scale == "step" else 1.0
 
-    def layer_energy(self, u: Tensor, t: int | Tensor) -> Tensor:
+    def layer_energy(self, u: Tensor, t: int | Tensor = 0) -> Tensor:
         """(B, L): -f_i, the energy of each layer, at u (B, D).
 
         A coupled layer's is minus the log-sum-exp over its own classes.
@@ -73,7 +73,7 @@ class EBMPrior(Prior):
         columns = self.energies(self.backbone.to_z(u), t)
         return -self.coupling.own(columns) / self.scale(t, u)
 
-    def energy(self, u: Tensor, t: int | Tensor) -> Tensor:
+    def energy(self, u: Tensor, t: int | Tensor = 0) -> Tensor:
         """(B,): -F, low where the aggregate posterior has more mass than the Gaussian prior.
 
         With attributes minus F^, the log-sum-exp over their classes.
@@ -127,6 +127,12 @@ class EBMPrior(Prior):
             return log_gauss + (f / scale).sum(1)
 
         return log_pi
+
+    def chain(
+        self, t: int, u_next: Tensor, *, zero_energy: bool = False
+    ) -> tuple[Tensor, langevin.LogDensity]:
+        """Start and density of the chain of `reverse`, in the coordinates it runs in: here u."""
+        return u_next, self.log_density(t, u_next, zero_energy=zero_energy)
 
     def _index(self, t: int | Tensor, u: Tensor) -> Tensor:
         if isinstance(t, Tensor):
@@ -277,12 +283,9 @@ class EBMPrior(Prior):
         Train mode throughout, the chain included: every network is called K + 2 times, and each
         call advances its spectral norm. The further arguments are those of `contrast`.
         """
-        u = u.detach()
-        device = u.device if generator is None else generator.device
-        t = torch.randint(self.config.max_T, (len(u),), generator=generator, device=device)
-        t = t.to(u.device)
-        noise, noise_next = (langevin.standard_normal(u, generator) for _ in range(2))
-        positive, u_next = forward_pair(u, t, self.schedule, noise, noise_next)
+        if labels is not None:
+            self.coupling.check_labels(labels, len(u))
+        t, positive, u_next = self.training_pair(u.detach(), generator)
         with in_mode(self.energies, training=True):
             negative = self.reverse(t, u_next, generator=generator)
             return self.contrast(
@@ -293,6 +296,16 @@ class EBMPrior(Prior):
                 label_weight=label_weight,
                 squared_penalty=squared_penalty,
             )
+
+    def training_pair(
+        self, u: Tensor, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """A random t per sample, (B,), with u_t and u_{t+1} of posterior draws u, (B, D) each."""
+        device = u.device if generator is None else generator.device
+        t = torch.randint(self.config.max_T, (len(u),), generator=generator, device=device)
+        t = t.to(u.device)
+        noise, noise_next = (langevin.standard_normal(u, generator) for _ in range(2))
+        return t, *forward_pair(u, t, self.schedule, noise, noise_next)
 
     def contrast(
         self,

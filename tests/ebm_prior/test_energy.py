@@ -116,6 +116,13 @@ def test_the_mlp_adds_its_layers_to_a_running_sum(generator):
     assert torch.equal(net(z, t), net.out[1](silu(y)))
 
 
+def test_spectral_norm_reaches_every_layer_of_the_light_network():
+    net = MapEnergy((2, 8, 8), 4, spectral_norm=True)
+    weights = {key for key, value in net.named_parameters() if value.ndim > 1}
+    assert weights
+    assert all(key.endswith("weight_orig") for key in weights)
+
+
 def test_time_changes_the_energy():
     for net in (ResidualEnergy((2, 8, 8), 4), ConvEnergy((2, 8, 8), 4), MLPEnergy((6,), 4)):
         shape = (2, 6) if isinstance(net, MLPEnergy) else (2, 2, 8, 8)

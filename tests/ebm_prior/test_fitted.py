@@ -143,6 +143,38 @@ def test_its_file_gives_the_same_pictures(rank, tmp_path, generator):
 
 
 @pytest.mark.parametrize(
+    ("rank", "damage", "message"),
+    [
+        (
+            3,
+            lambda t: t["diagonal"][:2].neg_(),
+            r"2 variances .* not positive; the file is damaged",
+        ),
+        (3, lambda t: t["diagonal"].zero_(), "80 variances .* not positive"),
+        (0, lambda t: t["factor"][1, :2].zero_(), "1 values on the Cholesky .* not positive"),
+        (0, lambda t: t["factor"][0, 5:6].fill_(1.0), "not lower triangular"),
+        (80, lambda t: None, "rank 80 of 80 coordinates"),
+    ],
+)
+def test_a_file_that_is_no_covariance_is_refused(rank, damage, message, tmp_path):
+    config = PriorConfig(Flat(80).layout.shapes, kind="fitted", rank=rank)
+    prior = FittedPrior(Flat(80), config)
+    prior.gaussian.factor.copy_(torch.eye(80)[:, : rank or 80])
+    if rank:
+        prior.gaussian.diagonal.fill_(1.0)
+    damage(dict(prior.gaussian.named_buffers()))
+    checkpoint.save(tmp_path / "prior.safetensors", prior, fingerprint="any")
+    with pytest.raises(ValueError, match=message):
+        checkpoint.read(tmp_path / "prior.safetensors")
+
+
+def test_a_covariance_has_no_energy_of_single_layers():
+    prior = FittedPrior(Flat(4), PriorConfig(Flat(4).layout.shapes, kind="fitted"))
+    with pytest.raises(ValueError, match="a fitted prior has no energy of single layers"):
+        prior.layer_energy(torch.zeros(1, 4))
+
+
+@pytest.mark.parametrize(
     ("u", "rank", "message"),
     [
         (torch.randn(3, 4), 0, r"needs more than D draws; take more, or a low rank"),

@@ -273,8 +273,8 @@ class Bare:
 @pytest.mark.parametrize(
     ("backbone", "changes", "message"),
     [
-        (EightModes, {"max_T": 3}, "max_T is 3, expected 1"),
-        (EightModes, {"last_step_kernel": True}, "has no kernel"),
+        (EightModes, {"max_T": 3}, "max_T is 3, expected 1: one marginal EBM"),
+        (EightModes, {"last_step_kernel": True}, "expected false: the joint prior has none"),
         (EightModes, {"sampler": "z", "joint_logdet": "released"}, "take the sampler 'u'"),
         (Bare, {"sampler": "z"}, r"sampler 'z' needs .* Bare has no method moments\(z\)"),
         (Bare, {"joint_logdet": "released"}, r"'released' needs .* no method moments\(z\)"),
@@ -283,6 +283,20 @@ class Bare:
 def test_settings_that_do_not_fit_are_refused(backbone, changes, message):
     with pytest.raises(ValueError, match=message):
         make(backbone(), **changes)
+
+
+@pytest.mark.parametrize("sampler", ["u", "z"])
+def test_labels_are_refused(sampler, generator):
+    prior = make(LinearGaussian(), sampler=sampler, b2=1e-3).double()
+    u, labels = torch.zeros(2, 7).double(), torch.zeros(2, 1, dtype=torch.long)
+    for use in (
+        lambda: prior.reverse(0, u, labels=labels),
+        lambda: prior.log_density(0, u, labels=labels),
+        lambda: prior.sample_u(2, generator=generator, labels=labels),
+        lambda: prior.loss(u, generator=generator, labels=labels),
+    ):
+        with pytest.raises(ValueError, match="labels for a prior without attributes"):
+            use()
 
 
 def test_a_step_too_large_for_the_narrowest_layer_is_refused_before_the_chain(generator):

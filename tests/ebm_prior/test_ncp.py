@@ -353,6 +353,13 @@ def test_the_shapes_of_contexts_are_asked_of_the_backbone():
     assert context_shapes(toy) == make(toy).config.contexts == (None, (1,), (3,))
 
 
+def test_contexts_of_another_backbone_are_refused():
+    with pytest.raises(ValueError, match=r"see decoder states of shapes \(None, \(1,\), \(2,\)\)"):
+        make(LinearGaussian((1, 2, 3)), contexts=(None, (1,), (2,)))
+    with pytest.raises(ValueError, match="expected none for another kind than ncp"):
+        PriorConfig(((1,), (2,)), contexts=(None, (1,)))
+
+
 @pytest.mark.parametrize("context", [(3, 8, 8), (3, 2, 2), (3, 4, 4), (3,)])
 def test_contexts_of_any_size_come_to_the_size_of_the_layer(context, generator):
     config = PriorConfig(((2, 4, 4),), kind="ncp", width=4, contexts=(context,))

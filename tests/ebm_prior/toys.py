@@ -19,7 +19,7 @@ class LinearGaussian:
 
     def __init__(self, sizes=(2, 2, 3), seed=0, dtype=torch.float64):
         g = torch.Generator().manual_seed(seed)
-        self.layout = Layout(tuple((n,) for n in sizes))
+        self.layout, self.dtype = Layout(tuple((n,) for n in sizes)), dtype
         dim = sum(sizes)
         coupling, scale = torch.zeros(dim, dim, dtype=dtype), torch.full((dim,), 1.01, dtype=dtype)
         offset = torch.zeros(dim, dtype=dtype)

@@ -46,7 +46,7 @@ class FittedGaussian:
 class Covariance(nn.Module):
     """Mean (D,), factor W (D, R) and diagonal d (D,) of N(mean, W W^T + diag(d)).
 
-    Rank 0 has no diagonal: W (D, D) is the Cholesky factor. Zeros until fitted or loaded.
+    Rank 0 has no diagonal: W (D, D) is the Cholesky factor. N(0, I) until fitted or loaded.
     """
 
     mean: Tensor
@@ -56,8 +56,8 @@ class Covariance(nn.Module):
     def __init__(self, dim: int, rank: int) -> None:
         super().__init__()
         self.register_buffer("mean", torch.zeros(dim))
-        self.register_buffer("factor", torch.zeros(dim, rank or dim))
-        self.register_buffer("diagonal", torch.zeros(dim) if rank else None)
+        self.register_buffer("factor", torch.zeros(dim, rank) if rank else torch.eye(dim))
+        self.register_buffer("diagonal", torch.ones(dim) if rank else None)
 
 
 class FittedPrior(Prior):

@@ -24,7 +24,6 @@ from torch import Tensor
 
 from ebm_prior import langevin
 from ebm_prior.base import Prior, frozen, in_mode, plain_numbers
-from ebm_prior.joint import JointPrior
 from ebm_prior.mixing import effective_sample_size, mala_log_acceptance, split_r_hat
 from ebm_prior.prior import EBMPrior
 
@@ -203,17 +202,10 @@ class _Record:
     def __init__(self, prior: EBMPrior, t: int, u_next: Tensor) -> None:
         self.prior, self.t = prior, t
         self.step_size = float(prior.step_sizes[t])
-        if isinstance(prior, JointPrior) and prior.config.sampler == "z":
-            self.start = prior.layout.join(prior.backbone.to_z(u_next))
-            self.target, self.gaussian = (
-                prior.log_density_z(zero_energy=zero) for zero in (False, True)
-            )
-            self.needed = None
-        else:
-            self.start = u_next
-            self.target, self.gaussian = (
-                prior.log_density(t, u_next, zero_energy=zero) for zero in (False, True)
-            )
+        self.start, self.target = prior.chain(t, u_next)
+        _, self.gaussian = prior.chain(t, u_next, zero_energy=True)
+        self.needed = None
+        if self.start is u_next:  # a chain in u
             alpha, sigma = (float(x[t + 1]) for x in (prior.schedule.alpha, prior.schedule.sigma))
             self.needed = math.hypot(1 - alpha, sigma)
         self.u = self.start  # where the chains are: u, or z

@@ -254,7 +254,7 @@ def advice(gaps: Sequence[Gap]) -> str:
     text += f" (accuracy {best.accuracy:.2f})"
     if layers:
         top = max(layers, key=lambda gap: gap.nats)
-        text += f", most of it in {top.compared} ({top.nats:.2f} alone)"
+        text += f"; alone the widest gap is that of {top.compared} ({top.nats:.2f} nats)"
     for other in whole[1:]:
         apart = best.nats - other.nats > 2 * (best.standard_error + other.standard_error)
         word = "more than" if apart else "about as much as"

@@ -17,15 +17,15 @@ image's own number, so that neither batches nor other images change them.
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor
 
 from ebm_prior import langevin
-from ebm_prior.backbones.base import Backbone
+from ebm_prior.backbones.base import Backbone, BackboneWithNoise
 from ebm_prior.base import in_mode, plain_numbers
 from ebm_prior.latents import Layout
 from ebm_prior.prior import EBMPrior
@@ -70,12 +70,11 @@ class ImageNoise:
 def posterior(backbone: Backbone, x: Tensor, noise: ImageNoise) -> Tensor:
     """One standardised posterior draw of each image, (B, D), each with its own noise.
 
-    A backbone whose `infer` takes the noise itself (`eps`, one tensor per layer) is asked once;
-    any other is asked image by image.
+    A backbone with the optional method `infer_with` is asked once, any other image by image.
     """
-    if "eps" in inspect.signature(backbone.infer).parameters:
+    if callable(getattr(backbone, "infer_with", None)):
         eps = backbone.layout.split(next(noise.rows("posterior", backbone.layout.dim, x)))
-        return backbone.infer(x, eps=eps)  # type: ignore[call-arg]
+        return cast(BackboneWithNoise, backbone).infer_with(x, eps)
     pairs = zip(x.split(1), noise.generators("posterior", x.device), strict=True)
     return torch.cat([backbone.infer(image, generator=generator) for image, generator in pairs])
 

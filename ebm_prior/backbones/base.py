@@ -38,6 +38,14 @@ class Backbone(Protocol):
         ...
 
 
+class BackboneWithNoise(Backbone, Protocol):
+    """An optional method, for scores whose random numbers belong to each image (`ood.py`)."""
+
+    def infer_with(self, x: Tensor, eps: list[Tensor]) -> Tensor:
+        """`infer` with its noise given: normal (B, \\*shape), one per layer, top first."""
+        ...
+
+
 class Moments(NamedTuple):
     """The prior of one layer, given the layers above it."""
 
@@ -47,7 +55,7 @@ class Moments(NamedTuple):
 
 
 class BackboneWithMoments(Backbone, Protocol):
-    """The optional fifth method, for priors and scores that need the layers' own moments."""
+    """A further optional method, for priors and scores that need the layers' own moments."""
 
     def moments(self, z: list[Tensor]) -> list[Moments]:
         """Per layer, top first: mean, deviation and state, computed from the given z."""

@@ -107,13 +107,7 @@ class NVAEBackbone:
                     setattr(module, name, current)
 
     @torch.no_grad()
-    def infer(
-        self,
-        x: Tensor,
-        generator: torch.Generator | None = None,
-        *,
-        eps: Sequence[Tensor] | None = None,
-    ) -> Tensor:
+    def infer(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Draw from the posterior and standardise, in one pass.
 
         .. math:: u_i = (z_i - \\mu_i) / \\sigma_i
@@ -122,19 +116,27 @@ class NVAEBackbone:
 
         Args:
             x: (B, C, H, W) in [0, 1].
-            eps: the noise, one (B, ...) tensor per layer; None draws it.
 
         Returns:
             u, (B, D).
         """
+        return self._standardised(x, None, generator)
+
+    @torch.no_grad()
+    def infer_with(self, x: Tensor, eps: Sequence[Tensor]) -> Tensor:
+        """`infer` with the noise before the flows given, one (B, ...) tensor per layer."""
+        return self._standardised(x, list(eps), None)
+
+    def _standardised(
+        self, x: Tensor, eps: list[Tensor] | None, generator: torch.Generator | None
+    ) -> Tensor:
         if x.ndim != 4 or x.shape[1:] != self.config.image_shape:
             raise ValueError(
                 f"images have shape {tuple(x.shape)}, expected (B,"
                 f" {', '.join(map(str, self.config.image_shape))}) with values in [0, 1]"
             )
-        posterior = self.model.posterior_choice(
-            self.model.encode(x), eps=None if eps is None else list(eps), generator=generator
-        )
+        encoded = self.model.encode(x)
+        posterior = self.model.posterior_choice(encoded, eps=eps, generator=generator)
         u: list[Tensor] = []
 
         def choose(i: int, prior: Normal, h: Tensor | None) -> Tensor:

@@ -107,6 +107,8 @@ def test_a_prior_alone_is_read_and_names_its_backbone(tmp_path, diagnose, model)
     status, table = diagnose("--prior", tmp_path / "p.safetensors")
     assert status == 0
     assert backbone.fingerprint() in table["backbone"][1]
+    assert table["chains"] == ("ok", "give --checkpoint to run them")
+    assert "chains" not in diagnose("--prior", tmp_path / "p.safetensors", "--chains", 0)[1]
 
 
 def test_an_untrained_batch_norm_is_a_warning(tmp_path, diagnose):
@@ -152,6 +154,8 @@ def test_a_dry_run_of_the_doctor_prints_what_it_would_look_at(capsys):
     doctor.add_arguments(parser)
     assert doctor.run(parser.parse_args(["--prior", "p.safetensors", "--dry_run"])) == 0
     assert json.loads(capsys.readouterr().out)["prior"] == "p.safetensors"
+    with pytest.raises(ValueError, match="--chains 1: expected"):
+        doctor.run(parser.parse_args(["--chains", "1", "--dry_run"]))
 
 
 def test_the_chains_of_a_prior_are_a_table_a_report_and_a_figure(tmp_path, diagnose, model):

@@ -14,6 +14,9 @@ from PIL import Image
 from scipy.io import savemat
 
 from ebm_prior import checkpoint, ood, shifts
+from ebm_prior.backbones.hvae.backbone import HVAEBackbone
+from ebm_prior.backbones.hvae.config import HVAEConfig
+from ebm_prior.backbones.hvae.model import HVAE
 from ebm_prior.backbones.nvae import NVAEBackbone
 from ebm_prior.commands import main
 from ebm_prior.commands.ood import report, sets
@@ -62,6 +65,35 @@ def u(generator):
 
 
 NOISE = ood.ImageNoise(0, range(5))
+
+
+class GivenNoise(NoisyToy):
+    """The same, which takes its noise."""
+
+    def infer_with(self, x, eps):
+        return x + 0.1 * self.layout.join(eps)
+
+    def infer(self, x, generator=None):
+        raise AssertionError("asked without the noise")
+
+
+def test_a_backbone_that_takes_the_noise_is_given_each_images_own(u):
+    backbone = GivenNoise(SIZES)
+    expected = u + 0.1 * next(NOISE.rows("posterior", 7, u))
+    assert torch.equal(ood.posterior(backbone, u, NOISE), expected)
+    alone = ood.posterior(backbone, u[3:], ood.ImageNoise(0, [3, 4]))
+    torch.testing.assert_close(alone, expected[3:])
+
+
+@pytest.mark.parametrize("kind", ["nvae", "hvae"])
+def test_both_backbones_take_the_noise_they_would_have_drawn(kind, generator):
+    config = HVAEConfig("digits", (1, 8, 8), ((2, 2, 2), (3, 4, 4)), (6, 5), 0, 1, 0)
+    backbone = NVAEBackbone(small_vaes.vae()) if kind == "nvae" else HVAEBackbone(HVAE(config))
+    x = torch.rand(3, 1, 8, 8, generator=generator)
+    shapes, again = backbone.layout.shapes, torch.Generator().manual_seed(7)
+    eps = [torch.randn(3, *shape, generator=again) for shape in shapes]
+    expected = backbone.infer(x, torch.Generator().manual_seed(7))
+    assert torch.equal(backbone.infer_with(x, eps), expected)
 
 
 # --- scores
@@ -421,6 +453,18 @@ def test_a_prior_of_one_step_keeps_something_of_the_image(files, tmp_path):
     assert run(files, tmp_path / "out", *flags, "--scheme", "diffusion", "--k", "1") == 0
     content = json.loads((tmp_path / "out" / "report.json").read_text())
     assert content["protocol"]["perturb_state"] == 0
+
+
+def test_what_a_joint_prior_learned_on_is_what_it_scores(files, tmp_path):
+    vae = NVAEBackbone(small_vaes.vae())
+    checkpoint.save(tmp_path / "joint.safetensors", small_vaes.prior(vae, kind="joint", max_T=1))
+    flags = ["--prior", f"{tmp_path}/joint.safetensors", "--ood", "noise", "--max_images", "3"]
+    flags += ["--scheme", "inference"]
+    for more, perturbed in (([], False), (["--perturb"], True)):
+        out = tmp_path / str(perturbed)
+        assert run(files, out, *flags, *more) == 0
+        protocol = json.loads((out / "report.json").read_text())["protocol"]
+        assert protocol["perturb"] is perturbed
 
 
 def test_a_dry_run_prints_the_settings(files, tmp_path, capsys):

@@ -128,6 +128,16 @@ def test_the_start_of_a_level_does_not_count_as_oversaturated():
     assert failed(transitions.verdict(rows(saturation=0.249))) == []
 
 
+def test_one_recorded_step_leaves_the_saturation_open():
+    few = [row for row in rows() if row.t or row.step in (0, 30)]
+    item = transitions.verdict(few)["saturation"]
+    assert item["passed"] is None
+    assert item["change"] == {"2": 0.0}
+    assert (
+        transitions.verdict([row for row in few if not row.step])["saturation"]["passed"] is None
+    )
+
+
 def test_long_chains_may_cost_half_as_much_again():
     assert failed(transitions.verdict(rows(), {**DISTANCES, "long": 15.0})) == []
     assert failed(transitions.verdict(rows(), {**DISTANCES, "long": 15.1})) == ["frechet"]

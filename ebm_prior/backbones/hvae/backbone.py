@@ -5,7 +5,7 @@ Coordinates as in the paper's Sec. 3.1: z_i = mu_i(z above) + temperature * sigm
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -48,6 +48,14 @@ class HVAEBackbone:
         Returns:
             u, (B, D).
         """
+        return self._standardised(x, lambda i, posterior: posterior.sample(generator))
+
+    @torch.no_grad()
+    def infer_with(self, x: Tensor, eps: Sequence[Tensor]) -> Tensor:
+        """`infer` with its noise given, one (B, \\*shape) tensor per layer."""
+        return self._standardised(x, lambda i, posterior: posterior.mean + posterior.std * eps[i])
+
+    def _standardised(self, x: Tensor, draw: Callable[[int, Normal], Tensor]) -> Tensor:
         if x.ndim != 4 or tuple(x.shape[1:]) != self.config.image_shape:
             raise ValueError(
                 f"images have shape {tuple(x.shape)}, expected (B,"
@@ -57,7 +65,7 @@ class HVAEBackbone:
         u: list[Tensor] = []
 
         def choose(i: int, prior: Normal, h: Tensor | None) -> Tensor:
-            z = self.model.posterior_of(i, prior, h, features[i]).sample(generator)
+            z = draw(i, self.model.posterior_of(i, prior, h, features[i]))
             u.append((z - prior.mean) / prior.std)
             return z
 

@@ -61,9 +61,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the table; 1 if there is a problem."""
+    _check(args)
     if arguments.dry_run(args):
         return 0
-    _check(args)
     results: dict[str, Any] = {}
     found = list(shown(examine(args, results)))
     count = {verdict: sum(c.verdict == verdict for c in found) for verdict in (PROBLEM, WARNING)}
@@ -111,6 +111,8 @@ def examine(args: argparse.Namespace, results: dict[str, Any]) -> Checks:
         yield from guarded("prior", lambda: checks.of_prior(args.prior, backbone))
         if backbone is not None and args.chains != 0:
             yield from guarded("chains", lambda: _of_chains(args, backbone, results))
+        elif not args.checkpoint and args.chains != 0:
+            yield Check(OK, "chains", "give --checkpoint to run them")
     if args.data:
         yield from guarded("data", lambda: checks.of_data(args.data, args.dataset, backbone))
     if args.hole and backbone is not None:

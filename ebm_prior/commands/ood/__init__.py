@@ -68,8 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--perturb",
         action=argparse.BooleanOptionalAction,
-        default=True,
-        help="inference scheme: add the 1%% of noise that the energies saw in training",
+        help="inference scheme: add the 1%% of noise that the energies saw in training (on; off"
+        " for a joint prior, whose energies saw clean latents)",
     )
     parser.add_argument(
         "--perturb_state",

@@ -50,12 +50,14 @@ def score_all(args: argparse.Namespace, ks: list[int] | None, sources: list[Sour
         if job.here.is_main:
             show(job.out / "examples.png", sets, chosen, job.dataset)
 
-        state = args.perturb_state
+        state, perturb = args.perturb_state, args.perturb
+        if perturb is None:
+            perturb = prior.config.kind == "diffusion"  # the joint prior learns on clean u
         plan = Plan(
             tuple(dict.fromkeys(args.scheme)),
             tuple(ks),
             args.draws,
-            args.perturb,
+            perturb,
             min(1, prior.config.max_T - 1) if state is None else state,
             args.seed,
         )
@@ -73,6 +75,7 @@ def score_all(args: argparse.Namespace, ks: list[int] | None, sources: list[Sour
             "images": {name: len(numbers) for name, numbers in chosen.items()},
             "positive_class": "foreign",
             "errors": "standard errors over the choice of images, sets taken as independent",
+            "perturb": plan.perturb,
             "perturb_state": plan.state,
         }
         job.report(content, protocol)

@@ -144,5 +144,5 @@ def tell(content: dict[str, Any]) -> None:
 
 def _short(value: Any) -> str:
     if isinstance(value, dict):
-        return ", ".join(f"t = {k}: {v:+.3f}" for k, v in value.items())
+        return ", ".join(f"t = {k}: {v:+.3f}" for k, v in value.items()) or "not measured"
     return f"{value:.3f}"

@@ -218,7 +218,7 @@ def test_samples_are_written_as_pictures_numbers_and_a_grid(run, vae_file, tmp_p
     assert sample(vae_file, run, tmp_path / "out", *flags) == 0
     assert "6 images in" in capsys.readouterr().out
     names = {path.name for path in (tmp_path / "out").iterdir()}
-    assert names == {"png", "samples.npz", "grid.png", "progressive.png", "args.json"}
+    assert names == {"png", "samples.npz", "grid.png", "progressive.png", "report.json"}
     samples = np.load(tmp_path / "out" / "samples.npz")["samples"]
     assert samples.shape == (6, 1, 8, 8)
     assert samples.dtype == np.float32
@@ -226,7 +226,13 @@ def test_samples_are_written_as_pictures_numbers_and_a_grid(run, vae_file, tmp_p
     for index, image in enumerate(samples):
         with Image.open(tmp_path / "out" / "png" / f"{index:05}.png") as picture:
             np.testing.assert_array_equal(np.asarray(picture), np.round(255 * image[0]))
-    protocol = json.loads((tmp_path / "out" / "args.json").read_text())
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    protocol = report["protocol"]
+    assert report["images"] == 6
+    assert protocol["sha256"] == {
+        "checkpoint": sha256(vae_file),
+        "prior": sha256(run / "prior.safetensors"),
+    }
     assert (protocol["seed"], protocol["temperature"], protocol["prior_step"]) == (0, 1.0, 3)
 
 

@@ -59,7 +59,7 @@ def test_temperatures_are_one_picture_and_change_no_image(sample, tmp_path):
     assert sample(tmp_path / "grid", *flags, "--temperatures", "0.4", "1", "--progressive") == 0
     np.testing.assert_array_equal(images(tmp_path / "plain"), images(tmp_path / "grid"))
     names = {path.name for path in (tmp_path / "grid").iterdir()}
-    assert names == {"samples.npz", "temperatures.png", "progressive.png", "args.json"}
+    assert names == {"samples.npz", "temperatures.png", "progressive.png", "report.json"}
 
 
 def test_a_picture_of_temperatures_has_one_latent_per_column(sample, tmp_path, monkeypatch):
@@ -84,8 +84,10 @@ def test_a_picture_of_temperatures_has_one_latent_per_column(sample, tmp_path, m
     ("flags", "message"),
     [
         (["--temperatures", "0.5", "0"], "--temperatures 0.0: expected a positive number"),
+        (["--set", "3"], "--set 3: expected NAME=CLASS"),
+        (["--label_steps", "1"], "--label_steps without --set"),
         (["--guidance", "nan"], "--guidance nan: expected a finite number"),
-        (["--labels", "3"], "this prior was trained without labels"),
+        (["--set", "class=3"], "this prior was trained without labels"),
     ],
 )
 def test_what_cannot_be_drawn_is_one_line(sample, tmp_path, capsys, flags, message):
@@ -103,7 +105,10 @@ def test_every_kind_is_drawn_and_shown_on_its_way(files, sample, tmp_path, kind)
     if kind == "ncp":
         settings["contexts"] = context_shapes(backbone)
     config = PriorConfig(backbone.layout.shapes, **settings)
-    checkpoint.save(folder / kind, kinds.build(backbone, config))
+    prior = kinds.build(backbone, config)
+    if kind == "fitted":
+        prior.gaussian.factor.copy_(torch.eye(len(prior.gaussian.factor)))
+    checkpoint.save(folder / kind, prior)
     assert sample(tmp_path, "--num_samples", "2", "--progressive", prior=kind) == 0
     assert len(images(tmp_path)) == 2
     assert (tmp_path / "progressive.png").exists()
@@ -119,8 +124,8 @@ def test_labels_become_a_number_per_attribute():
     one = PriorConfig(SHAPES, attributes=BOTH[:1])
     both = PriorConfig(SHAPES, attributes=BOTH)
     assert chosen_labels([], both) is None
-    assert chosen_labels(["7"], one) == chosen_labels(["class=7"], one) == [7]
-    assert chosen_labels(["loop=1"], both) == [-1, 1]
+    assert chosen_labels(["class=7"], one) == [7]
+    assert chosen_labels(["loop=1"], both) == chosen_labels(["loop=loop"], both) == [-1, 1]
     assert chosen_labels(["loop=1", "class=0"], both) == [0, 1]
 
 
@@ -128,10 +133,10 @@ def test_labels_become_a_number_per_attribute():
     ("given", "message"),
     [
         (["colour=1"], "expected NAME=CLASS with NAME class or loop"),
-        (["1"], "expected NAME=CLASS with NAME class or loop"),
-        (["loop=2"], "expected a class of loop from 0 to 1"),
-        (["loop=yes"], "expected a class of loop from 0 to 1"),
-        (["loop=1", "loop=0"], "names a class of loop twice"),
+        (["1"], "expected NAME=CLASS"),
+        (["loop=2"], "loop=2: expected one of open, loop"),
+        (["loop=yes"], "loop=yes: expected one of open, loop"),
+        (["loop=1", "loop=0"], "an attribute is named twice"),
     ],
 )
 def test_labels_that_the_prior_does_not_know_are_refused(given, message):
@@ -145,10 +150,10 @@ def test_classes_and_guidance_reach_the_chain(sample, tmp_path):
         assert sample(tmp_path / name, *flags, prior="labelled") == 0
         return images(tmp_path / name)
 
-    free, zero, one = drawn("free"), drawn("0", "--labels", "0"), drawn("1", "--labels", "class=1")
+    free, zero, one = drawn("free"), drawn("0", "--set", "class=0"), drawn("1", "--set", "class=1")
     assert not np.array_equal(zero, one)
     assert not np.array_equal(zero, free)
-    np.testing.assert_array_equal(drawn("g0", "--labels", "0", "--guidance", "0"), free)
+    np.testing.assert_array_equal(drawn("g0", "--set", "class=0", "--guidance", "0"), free)
 
 
 # --- going on
@@ -206,7 +211,7 @@ def test_going_on_needs_the_same_settings(sample, tmp_path, monkeypatch, capsys)
     assert sample(tmp_path, *SEVEN, "--resume", "auto", "--seed", "1") == 2
     assert "holds part of a run with seed 0 (now 1)" in capsys.readouterr().err
     assert sample(tmp_path, *SEVEN, "--seed", "1") == 0
-    assert json.loads((tmp_path / "args.json").read_text())["seed"] == 1
+    assert json.loads((tmp_path / "report.json").read_text())["protocol"]["seed"] == 1
 
 
 def test_without_a_killed_run_there_is_nothing_to_go_on_with(sample, tmp_path):

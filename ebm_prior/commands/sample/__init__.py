@@ -1,11 +1,10 @@
-"""Draw images from a trained prior (Algorithm 2)."""
+"""Draw images from a trained prior of any kind (the paper's by Algorithm 2)."""
 
 from __future__ import annotations
 
 import argparse
-import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 from ebm_prior.commands.shared import arguments
@@ -29,21 +28,12 @@ examples:
 
   images of one class, from a prior trained with labels:
     python -m ebm_prior sample --checkpoint checkpoint.pt --prior prior.safetensors \\
-        --labels class=3 --out samples"""
+        --set class=3 --out samples"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's flags."""
-    parser.add_argument(
-        "--checkpoint",
-        required=True,
-        metavar="FILE",
-        help="the VAE: NVAE's checkpoint, or an HVAE",
-    )
-    parser.add_argument(
-        "--prior", required=True, metavar="FILE", help="its prior, a prior.safetensors"
-    )
-    parser.add_argument("--out", required=True, metavar="FOLDER", help="the folder to write to")
+    arguments.add_inputs(parser)
     parser.add_argument(
         "--num_samples", type=int, metavar="N", default=64, help="images (%(default)s)"
     )
@@ -54,12 +44,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of the map from u to the image; below 1: smoother images (%(default)s)",
     )
     parser.add_argument(
-        "--labels",
+        "--set",
         nargs="+",
         default=[],
         metavar="NAME=CLASS",
-        help="draw this class, a number, of a prior trained with labels; several attributes at"
-        " once, those not named are free",
+        help="draw these classes, by name or number, of a prior trained with labels; attributes"
+        " that are not named are free",
     )
     parser.add_argument(
         "--guidance",
@@ -68,17 +58,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="factor of the labels' log probability (%(default)s)",
     )
     parser.add_argument(
-        "--seed",
+        "--label_steps",
         type=int,
-        default=0,
-        help="the same seed and batch size give the same images in any number of processes"
-        " (%(default)s)",
-    )
-    parser.add_argument(
-        "--batch_size",
-        type=int,
-        default=16,
-        help="images drawn at once; fewer need less memory (%(default)s)",
+        metavar="N",
+        help="labels act at diffusion indices below this (default: the prior's)",
     )
     parser.add_argument(
         "--format",
@@ -108,13 +91,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--resume",
-        choices=("auto",),
-        help="go on where a killed run of the same command stopped; without one, begin",
+        choices=("auto", "never"),
+        default="never",
+        help="auto: go on where a killed run of the same command stopped; without one, begin"
+        " (%(default)s)",
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (%(default)s)")
-    parser.add_argument(
-        "--dry_run", action="store_true", help="print the settings as JSON and stop"
-    )
+    arguments.add_running(parser, batch_size=16)
 
 
 @dataclass(frozen=True)
@@ -126,21 +108,21 @@ class Settings:
     out: str
     num_samples: int
     temperature: float
-    labels: list[str]
+    set: list[str]
     guidance: float
+    label_steps: int | None
     seed: int
     batch_size: int
     format: str
     grid: int
     progressive: bool
     temperatures: list[float]
-    resume: str | None
+    resume: str
     device: str
 
     def __post_init__(self) -> None:
-        for name, least in (("num_samples", 1), ("batch_size", 1), ("grid", 0), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"--{name} {getattr(self, name)}: expected at least {least}")
+        if self.grid < 0:
+            raise ValueError(f"--grid {self.grid}: expected at least 0")
         for name, values in (
             ("temperature", [self.temperature]),
             ("temperatures", self.temperatures),
@@ -150,13 +132,12 @@ class Settings:
                     raise ValueError(f"--{name} {value}: expected a positive number")
         if not math.isfinite(self.guidance):
             raise ValueError(f"--guidance {self.guidance}: expected a finite number")
-        for name in ("checkpoint", "prior"):
-            if not Path(getattr(self, name)).is_file():
-                raise ValueError(f"--{name} {getattr(self, name)}: no such file")
-        self._check_out(Path(self.out))
+        if self.label_steps is not None and not self.set:
+            raise ValueError("--label_steps without --set: name the classes to draw")
+        arguments.assignments("set", self.set)
+        self._check_pictures(Path(self.out))
 
-    def _check_out(self, out: Path) -> None:
-        arguments.check_out(out)
+    def _check_pictures(self, out: Path) -> None:
         mine = {self.png(i).name for i in range(self.num_samples)}
         others = [p.name for p in (out / "png").glob("*.png") if p.name not in mine]
         if others and self.format != "npz":
@@ -171,10 +152,10 @@ class Settings:
 
 def run(args: argparse.Namespace) -> int:
     """Draw and write the images."""
+    arguments.check_inputs(args)
     values = {name: getattr(args, name) for name in Settings.__dataclass_fields__}
     settings = Settings(**values)
-    if args.dry_run:
-        print(json.dumps(asdict(settings), indent=2))
+    if arguments.dry_run(args):
         return 0
 
     import torch
@@ -185,7 +166,7 @@ def run(args: argparse.Namespace) -> int:
     from nvae import runtime
 
     # Told before the VAE is read; chains enable gradients for themselves.
-    chosen = drawing.chosen_labels(settings.labels, checkpoint.read(settings.prior).config)
+    chosen = drawing.chosen_labels(settings.set, checkpoint.read(settings.prior).config)
     with runtime.started(settings.device) as here, torch.no_grad():
         backbone = open_backbone(settings.checkpoint, device=str(here.device))
         prior = checkpoint.load(settings.prior, backbone)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -17,48 +16,46 @@ from ebm_prior import checkpoint, parallel
 from ebm_prior.base import Prior
 from ebm_prior.commands.sample import Settings
 from ebm_prior.commands.sample.table import Blocks, Table
+from ebm_prior.commands.shared import labels
+from ebm_prior.commands.shared.arguments import assignments
 from ebm_prior.config import PriorConfig
 from ebm_prior.seeds import seeded
 from nvae import images, runtime
 from nvae.digest import sha256
-from nvae.evaluation.job import provenance
+from nvae.evaluation.job import provenance, write_json
 
 PROGRESSIVE, TEMPERATURES = 1, 2  # keys of the pictures' own random numbers
 COLUMNS = 8  # images in temperatures.png
+FILES = ("checkpoint", "prior")
 FREE = -1  # the label of an attribute that is not named
 
 
 def chosen_labels(given: Sequence[str], config: PriorConfig) -> list[int] | None:
-    """NAME=CLASS, or CLASS where there is one attribute, as a class number per attribute.
+    """NAME=CLASS words as a class number per attribute of the prior.
 
     Raises:
         ValueError: the prior knows no such attribute or class.
     """
-    if not given:
+    pairs = assignments("set", given)
+    if not pairs:
         return None
     if not config.attributes:
         raise ValueError(
-            f"--labels {given[0]}: this prior was trained without labels; train one with"
-            " --attribute"
+            f"--set {given[0]}: this prior was trained without labels; train one with --attribute"
         )
-    known = {a.name: (column, a.classes) for column, a in enumerate(config.attributes)}
+    known = [attribute.name for attribute in config.attributes]
     chosen = [FREE] * len(known)
-    for text in given:
-        name, equals, number = text.rpartition("=")
-        name = name if equals or len(known) > 1 else next(iter(known))
+    for name, text in pairs:
         if name not in known:
-            raise ValueError(
-                f"--labels {text}: expected NAME=CLASS with NAME {' or '.join(known)}"
-            )
-        column, classes = known[name]
-        if not (number.isdecimal() and int(number) < classes):
-            raise ValueError(
-                f"--labels {text}: expected a class of {name} from 0 to {classes - 1}"
-            )
-        if chosen[column] != FREE:
-            raise ValueError(f"--labels names a class of {name} twice; give one")
-        chosen[column] = int(number)
+            raise ValueError(f"--set {name}={text}: expected NAME=CLASS with NAME {_or(known)}")
+        column = known.index(name)
+        names = labels.class_names(name, config.attributes[column].classes)
+        chosen[column] = labels.class_number(name, names, text)
     return chosen
+
+
+def _or(names: Sequence[str]) -> str:
+    return " or ".join(names)
 
 
 @dataclass
@@ -100,10 +97,11 @@ class Drawing:
             table.pack()
         if everywhere:
             self.grid(torch.cat([everywhere[first] for first in sorted(everywhere)]))
-        with runtime.written_whole(out / "args.json") as temporary:
-            temporary.write_text(json.dumps(self.protocol(), indent=2) + "\n", encoding="utf-8")
+        seconds = round(time.perf_counter() - started, 1)
+        content = {"images": total, "seconds": seconds, "protocol": self.protocol()}
+        write_json(out / "report.json", content)
         blocks.forget()
-        print(f"{total} images in {out}, {time.perf_counter() - started:.1f} s")
+        print(f"{total} images in {out}, {seconds} s")
 
     def in_a_picture(self, first: int) -> bool:
         """Whether a block is needed beyond its files: then a resumed run draws it again."""
@@ -120,8 +118,10 @@ class Drawing:
         generator = seeded(device, settings.seed, first)
         further: dict[str, Any] = {}
         if self.labels is not None:
-            labels = torch.tensor(self.labels, device=device).expand(count, -1)
-            further = {"labels": labels, "guidance": settings.guidance}
+            asked = torch.tensor(self.labels, device=device).expand(count, -1)
+            further = {"labels": asked, "guidance": settings.guidance}
+            if settings.label_steps is not None:
+                further["label_steps"] = settings.label_steps
         states: dict[int, Tensor] = {}  # u_N .. u_0
         u = self.prior.sample_u(count, generator=generator, callback=states.__setitem__, **further)
         batch = self.prior.backbone.decode(u, settings.temperature, generator).float().cpu()
@@ -191,7 +191,7 @@ class Drawing:
     def name(self) -> str:
         kind = self.prior.config.kind
         name = "EBM prior" if kind == "diffusion" else f"{kind} prior"
-        return f"{name}, {' '.join(self.settings.labels)}" if self.settings.labels else name
+        return f"{name}, {' '.join(self.settings.set)}" if self.settings.set else name
 
     def identity(self) -> dict[str, Any]:
         """What a run must share with the one it goes on with."""
@@ -204,6 +204,7 @@ class Drawing:
         file = checkpoint.read(self.settings.prior)
         return {
             **asdict(self.settings),
+            "sha256": {name: sha256(getattr(self.settings, name)) for name in FILES},
             "backbone": file.fingerprint,
             "prior_step": file.step,
             "config": file.config.to_dict(),

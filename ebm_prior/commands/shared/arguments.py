@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 NOT_SETTINGS = ("command", "run", "dry_run")
@@ -81,6 +82,23 @@ def check_out(out: Path) -> None:
     there = next(folder for folder in (out, *out.absolute().parents) if folder.is_dir())
     if not os.access(there, os.W_OK):
         raise ValueError(f"--out {out} cannot be written: no permission in {there}")
+
+
+def assignments(flag: str, words: Sequence[str]) -> list[tuple[str, str]]:
+    """NAME=CLASS words, as of `--set`, in pairs.
+
+    Raises:
+        ValueError: another form, or a name twice.
+    """
+    pairs = []
+    for text in words:
+        name, equals, value = text.partition("=")
+        if not (name and equals and value):
+            raise ValueError(f"--{flag} {text}: expected NAME=CLASS, for example class=3")
+        pairs.append((name, value))
+    if len({name for name, _ in pairs}) < len(pairs):
+        raise ValueError(f"--{flag}: an attribute is named twice")
+    return pairs
 
 
 def settings(args: argparse.Namespace) -> dict[str, object]:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 # Attributes of the digits that follow from the class: names of their classes, class of each digit.
-DERIVED = {
+DERIVED: dict[str, tuple[tuple[str, ...], list[int]]] = {
     "parity": (("even", "odd"), [digit % 2 for digit in range(10)]),
     "loop": (("open", "loop"), [int(digit in (0, 6, 8, 9)) for digit in range(10)]),
 }
@@ -37,11 +37,22 @@ class Labels:
         Raises:
             ValueError: there is none.
         """
-        if text in self.classes:
-            return self.classes.index(text)
-        if text.isdigit() and int(text) < len(self.classes):
-            return int(text)
-        raise ValueError(f"{self.name}={text}: expected one of {', '.join(self.classes[:20])}")
+        return class_number(self.name, self.classes, text)
+
+
+def class_number(name: str, classes: Sequence[str], text: str) -> int:
+    """The class that is called `text`, or has this number; ValueError if there is none."""
+    if text in classes:
+        return classes.index(text)
+    if text.isdecimal() and int(text) < len(classes):
+        return int(text)
+    raise ValueError(f"{name}={text}: expected one of {', '.join(classes[:20])}")
+
+
+def class_names(name: str, count: int) -> tuple[str, ...]:
+    """What an attribute's classes are called where its data is not at hand."""
+    words, _ = DERIVED.get(name, ((), []))
+    return words if len(words) == count else tuple(map(str, range(count)))
 
 
 def load(

@@ -25,7 +25,7 @@ from ebm_prior._version import __version__
 from ebm_prior.backbones.base import Backbone
 from ebm_prior.base import Prior
 from ebm_prior.config import PriorConfig
-from ebm_prior.files import written_whole
+from ebm_prior.files import one_line, written_whole
 from ebm_prior.fingerprint import backbone_fingerprint, check_fingerprint
 
 FORMAT = 1
@@ -227,8 +227,3 @@ def _shapes(shapes: Any) -> str:
 
 def _few(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "") or "none"
-
-
-def one_line(error: BaseException) -> str:
-    """An error's text, short enough for a message of ours."""
-    return " ".join(str(error).split())[:200] or type(error).__name__

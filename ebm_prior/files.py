@@ -29,3 +29,8 @@ def written_whole(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def one_line(error: BaseException) -> str:
+    """An error's text, short enough for a message of ours."""
+    return " ".join(str(error).split())[:200] or type(error).__name__

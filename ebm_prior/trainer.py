@@ -1,4 +1,4 @@
-"""Algorithm 1: train the energies of a prior on a frozen backbone (paper, Section 3.2)."""
+"""Train a prior on a frozen VAE; one of kind diffusion by Algorithm 1 (paper, Section 3.2)."""
 
 from __future__ import annotations
 

@@ -19,8 +19,8 @@ SHARED = "shared"  # no command
 COMMANDS = tuple(module.name for module in pkgutil.iter_modules(__path__) if module.name != SHARED)
 
 DESCRIPTION = """\
-Energy-based diffusion priors for hierarchical VAEs: train one on a frozen NVAE checkpoint, then
-draw images from it."""
+Energy-based diffusion priors for hierarchical VAEs: train one on a frozen VAE (NVAE or HVAE), draw
+images from it, and measure, steer and examine it."""
 
 EXAMPLES = """\
 a first run:

@@ -116,6 +116,18 @@ def test_labels_reach_their_layers_and_the_file_remembers_them(vae_file, tmp_pat
     assert state["step"] == 30
 
 
+def test_a_run_with_other_labels_is_another_run(vae_file, tmp_path, capsys):
+    def go(shift):
+        rows = "\n".join(str((i + shift) % 2) for i in range(1500))
+        (tmp_path / "train.csv").write_text(f"tone\n{rows}\n")
+        flags = ["--labels", str(tmp_path), "--attribute", "tone:0", "--num_steps", "2"]
+        return train(vae_file, tmp_path / "run", *flags, "--iterations", "1", "--resume", "auto")
+
+    assert go(0) == go(0) == 0
+    assert go(1) == 2
+    assert "was trained with labels" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

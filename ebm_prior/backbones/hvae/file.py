@@ -22,7 +22,7 @@ from ebm_prior._version import __version__
 from ebm_prior.backbones.hvae.backbone import HVAEBackbone
 from ebm_prior.backbones.hvae.config import HVAEConfig
 from ebm_prior.backbones.hvae.model import HVAE
-from ebm_prior.files import written_whole
+from ebm_prior.files import one_line, written_whole
 
 FORMAT, KIND = "1", "hvae"
 PathLike = str | os.PathLike[str]
@@ -81,7 +81,7 @@ def read(path: PathLike) -> HVAEFile:
             tensors = {key: file.get_tensor(key) for key in file.keys()}
     except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"{path}: not a whole .safetensors file ({_one_line(error)}); copy it again"
+            f"{path}: not a whole .safetensors file ({one_line(error)}); copy it again"
         ) from None
     try:
         config = HVAEConfig.from_dict(json.loads(metadata["config"]))
@@ -89,7 +89,7 @@ def read(path: PathLike) -> HVAEFile:
     except KeyError as error:
         raise ValueError(f"{path}: its metadata lacks {error}; write it with save()") from None
     except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path}: unreadable metadata: {_one_line(error)}") from None
+        raise ValueError(f"{path}: unreadable metadata: {one_line(error)}") from None
     _check_tensors(str(path), config, tensors)
     return HVAEFile(config, tensors, training, step, metadata.get("version", "unknown"))
 
@@ -130,7 +130,3 @@ def _check_tensors(name: str, config: HVAEConfig, tensors: Mapping[str, Tensor])
                 f"{name}: {key} holds NaN or infinite values, expected finite ones; go back to an"
                 " earlier file"
             )
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

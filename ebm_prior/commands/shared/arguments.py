@@ -84,6 +84,11 @@ def check_out(out: Path) -> None:
         raise ValueError(f"--out {out} cannot be written: no permission in {there}")
 
 
+def written_signs(dataset: str) -> bool:
+    """Whether a data set shows written signs, which mean something else when flipped."""
+    return dataset in ("digits", "mnist", "stacked_mnist", "omniglot")
+
+
 def assignments(flag: str, words: Sequence[str]) -> list[tuple[str, str]]:
     """NAME=CLASS words, as of `--set`, in pairs.
 

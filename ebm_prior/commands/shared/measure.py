@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ebm_prior import parallel
+from ebm_prior.commands.shared.arguments import written_signs
 from ebm_prior.commands.shared.classifier import SmallClassifier, accuracy, train_classifier
 from ebm_prior.commands.shared.subset import Images
 from nvae import metrics
@@ -228,7 +229,7 @@ def _classifier_ruler(
     # Tiny images: always on the CPU, so that the ruler is the same on every machine.
     tiny = max(shape[1:]) <= 8
     device = "cpu" if tiny else job.here.device
-    flip = shape[0] == 3 and "mnist" not in job.dataset  # written signs are not
+    flip = shape[0] == 3 and not written_signs(job.dataset)
     classifier = train_classifier(images, labels, seed=0, flip=flip, device=device)
     # Processes measure with the same weights, to the last bit.
     classifier.load_state_dict(parallel.collect(classifier.state_dict())[0])

@@ -1,4 +1,4 @@
-"""Train an energy-based prior on the latents of a frozen NVAE checkpoint (Algorithm 1)."""
+"""Train a prior on the latents of a frozen VAE, NVAE or HVAE; --prior diffusion by Algorithm 1."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ebm_prior.commands.train.flags import (
 
 __all__ = ["EXAMPLES", "HELP", "USAGE", "add_arguments", "run"]
 
-HELP = "train a prior on a frozen NVAE checkpoint"
+HELP = "train a prior on a frozen VAE (NVAE or HVAE)"
 USAGE = "%(prog)s --checkpoint FILE --preset NAME --data FOLDER --out FOLDER [options]"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shlex
 import shutil
@@ -185,6 +186,7 @@ def make_trainer(
             "dataset": command.dataset or backbone.config.dataset,
             "batch_size": command.settings["batch_size"],
             "bn_readjust": command.settings["bn_readjust"],
+            **({"labels": digest(labels)} if labels else {}),
         },
         show=show,
         bar=here.is_main,
@@ -192,6 +194,14 @@ def make_trainer(
     if state is not None:
         trainer.resume(state)
     return trainer
+
+
+def digest(labels: list[Labels]) -> str:
+    """A name for what the images are labelled with."""
+    found = hashlib.sha256()
+    for each in labels:
+        found.update(each.name.encode() + each.values.numpy().tobytes())
+    return found.hexdigest()[:16]
 
 
 def bn_statistics(

@@ -9,10 +9,9 @@ from typing import Any
 
 from ebm_prior.backbones.hvae.config import LIKELIHOODS, SIZES, HVAEConfig
 from ebm_prior.backbones.hvae.settings import HVAESettings
-from ebm_prior.commands.shared.arguments import check_out
+from ebm_prior.commands.shared.arguments import check_out, written_signs
 from nvae.arch import DATA_SETS
 
-NEVER_FLIPPED = ("mnist", "omniglot", "stacked_mnist", "digits")  # written signs
 # The training that goes with a size; what is not named has the default of `HVAESettings`.
 TRAINING: dict[str, dict[str, Any]] = {
     "full": {"batch_size": 128, "epochs": 200},
@@ -178,7 +177,7 @@ def parsed(args: argparse.Namespace) -> Run:
         field.name: field.default for field in fields(HVAESettings) if field.name != "amp"
     }
     settings |= {"iterations": None, "epochs": None, **TRAINING[args.size]}
-    settings["flips"] = args.dataset not in NEVER_FLIPPED
+    settings["flips"] = not written_signs(args.dataset)
     given = {k: v for k in (*settings, "batch_size") if (v := getattr(args, k)) is not None}
     if {"iterations", "epochs"} & given.keys():
         settings |= {"iterations": None, "epochs": None}

@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from nvae.data import ImageSet
     from nvae.runtime import Runtime
 
-IN_MEMORY = ("cifar10", "mnist", "digits")  # need no processes that read ahead
-
 
 def train(command: Run, here: Runtime) -> int:
     """Check everything, train, measure what came out."""
@@ -41,7 +39,7 @@ def train(command: Run, here: Runtime) -> int:
     }
     workers = command.workers
     if workers is None:
-        workers = 0 if command.dataset in IN_MEMORY else 2
+        workers = 0 if halves["train"].in_memory else 2
     seed, size = command.settings["seed"], command.settings["batch_size"]
     batches = Batches(halves["train"], size, seed=seed, workers=workers)
     settings = train_settings(command, len(batches), precision(command.amp, here.device))

@@ -18,8 +18,8 @@ from torch import Tensor
 from ebm_prior.backbones.base import Backbone
 from ebm_prior.base import Prior
 from ebm_prior.checkpoint import PathLike, assemble, check_layout, check_tensors
-from ebm_prior.files import one_line
 from ebm_prior.config import PriorConfig
+from ebm_prior.files import one_line
 
 BOMB = 100  # times its size that a file may unpack to; one of weights is stored as it is
 

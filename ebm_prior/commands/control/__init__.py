@@ -87,9 +87,7 @@ def run(args: argparse.Namespace) -> int:
     """Sample, judge, report, draw."""
     arguments.check_inputs(args)
     flag = "compose" if args.compose else "set"
-    asked = [pair(flag, text) for text in args.compose or args.set or []]
-    if len({name for name, _ in asked}) < len(asked):
-        raise ValueError(f"--{flag}: an attribute is named twice")
+    asked = arguments.assignments(flag, args.compose or args.set or [])
     if not math.isfinite(args.guidance):
         raise ValueError(f"--guidance {args.guidance}: expected a finite number")
     if not (math.isfinite(args.temperature) and args.temperature > 0):
@@ -103,11 +101,3 @@ def run(args: argparse.Namespace) -> int:
 
     control(args, asked)
     return 0
-
-
-def pair(flag: str, text: str) -> tuple[str, str]:
-    """NAME=CLASS."""
-    name, equals, value = text.partition("=")
-    if not (name and equals and value):
-        raise ValueError(f"--{flag} {text}: expected NAME=CLASS, for example class=3")
-    return name, value

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ebm_prior import parallel
+from ebm_prior.commands.shared.arguments import written_signs
 from ebm_prior.commands.shared.classifier import SmallClassifier, classify, train_classifier
 from ebm_prior.commands.shared.labels import Labels
 from ebm_prior.commands.shared.session import Job
@@ -89,7 +90,7 @@ def _trained(job: Job, images: Tensor, values: Tensor, classes: int) -> SmallCla
         values[known],
         seed=0,
         num_classes=classes,
-        flip=shape[0] == 3 and "mnist" not in job.dataset,  # written signs are not
+        flip=not written_signs(job.dataset),
         device="cpu" if max(shape[1:]) <= TINY else job.here.device,
     )
     # Processes judge with the same weights, to the last bit.

@@ -54,5 +54,5 @@ for seed in ${SEEDS:-0 1 2}; do
     run transitions "figure6-$seed" --seed "$seed" --prior "$prior"
     run doctor "chains-$seed" --prior "$prior"
 done
-run ablate table3 --preset digits --cells 3x4 3x8 3x16 1x8 6x8 --resume auto
+run ablate table3 --preset digits --cells 3x4 3x8 3x16 2x8 6x8 --resume auto
 run doctor hole --hole

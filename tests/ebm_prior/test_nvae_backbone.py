@@ -62,7 +62,7 @@ def case(request):
 
 
 def test_golden_posterior_noise_comes_out_of_one_pass(case):
-    u = case.backbone.infer(case.x, eps=case.recipe("eps"))
+    u = case.backbone.infer_with(case.x, case.recipe("eps"))
     for i, part in enumerate(case.backbone.layout.split(u)):
         case.check(f"posterior_u_{i}", part, 1e-5)
 

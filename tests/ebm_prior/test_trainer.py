@@ -263,7 +263,7 @@ def test_averaged_weights_follow_the_formula_and_are_the_ones_saved(tmp_path):
         ({"lr": -1.0}, "lr is -1"),
         ({"ema": 1.0}, "the end excluded"),
         ({"lr": math.nan}, "lr is nan"),
-        ({"lr_schedule": "cosine"}, "expected one of epoch"),
+        ({"lr_schedule": "steps"}, "expected one of epoch, linear, cosine"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings, message):

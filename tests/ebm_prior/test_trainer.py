@@ -221,13 +221,17 @@ def test_the_prior_learns_where_the_data_are(tmp_path):
     assert mean > 0.3
 
 
-def test_the_learning_rate_falls_per_epoch_or_linearly():
+def test_the_learning_rate_falls_per_epoch_linearly_or_along_a_cosine():
     per_epoch = TrainSettings(iterations=100, lr=1.0, lr_decay=0.5)
     assert [per_epoch.lr_at(step, 10) for step in (0, 9, 10, 29)] == [1.0, 1.0, 0.5, 0.25]
     linear = TrainSettings(iterations=11, lr=1.0, lr_decay=0.1, lr_schedule="linear")
     assert linear.lr_at(0, 10) == 1.0
     assert linear.lr_at(5, 10) == pytest.approx(0.55)
     assert linear.lr_at(10, 10) == pytest.approx(0.1)
+    cosine = TrainSettings(iterations=5, lr=1.0, lr_decay=0.5, lr_schedule="cosine")
+    found = [cosine.lr_at(step, 10) for step in range(5)]
+    quarter = 0.75 + 0.25 * math.cos(math.pi / 4)
+    assert found == pytest.approx([1.0, quarter, 0.75, 1.5 - quarter, 0.5])
 
 
 def test_the_gradient_is_clipped_to_the_given_norm(tmp_path):

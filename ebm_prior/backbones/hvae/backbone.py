@@ -101,8 +101,8 @@ class HVAEBackbone:
     ) -> Tensor:
         """The mean image at T(u), (B, C, H, W) in [0, 1]; nothing is drawn.
 
-        One component whose noise is independent from pixel to pixel: a draw is the mean with
-        grain on it. `generator` is taken for the protocol's sake.
+        The noise is independent from pixel to pixel: a draw is the mean with grain on it.
+        `generator` is taken for the protocol's sake.
         """
         output = self.model.walk(len(u), self._given(u, temperature, []))
         assert output is not None

@@ -93,8 +93,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--likelihood",
         choices=LIKELIHOODS,
         default="logistic",
-        help="of a pixel: logistic with a predicted scale, or gaussian with one"
-        " deviation for all; images are means with both (%(default)s)",
+        help="of a pixel: logistic with a predicted scale, mixture of five such, or gaussian with"
+        " one deviation for all; images are means with all of them (%(default)s)",
     )
     main.add_argument("--out", required=True, metavar="FOLDER", help="the folder of the run")
     main.add_argument(

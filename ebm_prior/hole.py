@@ -246,8 +246,8 @@ def advice(gaps: Sequence[Gap]) -> str:
     noise = max(3 * best.standard_error, control.nats)
     if best.nats <= noise:
         return (
-            f"no hole to close: {amount} found, within the noise ({noise:.2f}); a prior can gain"
-            " nothing that these networks see"
+            f"no hole found: {amount}, within the noise ({noise:.2f}); discriminators trained for"
+            " longer, on more images, might still find one"
         )
     text = "a prior can help here" if best.nats >= SMALL else "a small hole, little to gain"
     text += f": the {best.network} network tells posterior from prior by {amount} per image"

@@ -243,7 +243,7 @@ def tell(rows: list[dict[str, Any]], verdict: dict[str, Any]) -> None:
     words = {
         True: "falls from group to group",
         False: "does not fall from group to group",
-        None: "neither falls nor rises beyond its error; more --num_references would tell",
+        None: "does not change by 3 standard errors; more --num_references would tell",
     }
     by = ", ".join(
         f"{step['by']:+.3f} +- {step['standard_error'] or float('nan'):.3f}"

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import sys
 
 import pytest
@@ -13,7 +14,7 @@ from ebm_prior.backbones.nvae import NVAEBackbone
 from ebm_prior.commands import main
 from ebm_prior.commands.ablate import timing
 from ebm_prior.commands.ablate.cells import PAPER, Cell, chosen, linearity
-from ebm_prior.commands.shared import measure
+from ebm_prior.commands.shared import measure, trainings
 from ebm_prior.commands.shared.trainings import Training
 from ebm_prior.prior import EBMPrior
 from tests.ebm_prior import small_vaes
@@ -71,6 +72,14 @@ def test_a_training_that_failed_otherwise_is_an_error(tmp_path):
     training.process.wait()
     with pytest.raises(ValueError, match="no data"):
         training.done()
+
+
+def test_a_sigterm_stops_the_trainings_too(tmp_path):
+    code = f"import os, signal, time; os.kill({os.getpid()}, signal.SIGTERM); time.sleep(60)"
+    training = Scripted(tmp_path, {"code": code})
+    with pytest.raises(KeyboardInterrupt):
+        list(trainings.train([training], 1))
+    assert training.process.poll() is not None
 
 
 # --- time

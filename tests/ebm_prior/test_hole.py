@@ -111,7 +111,7 @@ def test_where_posterior_and_prior_agree_no_prior_is_advised(generator):
     u, held = (torch.randn(*shape, 4, generator=generator) for shape in ((1, 400), (300,)))
     gaps = list(hole.survey(Identity((4,)), u, held, steps=20, generator=generator))
     assert len(gaps) == 3  # one layer: nothing to take apart
-    assert hole.advice(gaps).startswith("no hole to close")
+    assert hole.advice(gaps).startswith("no hole found")
 
 
 def test_the_same_seed_measures_the_same_and_a_caller_without_gradients_is_no_hindrance():

@@ -55,6 +55,7 @@ def evaluate(job: Job) -> None:
         **ruler.protocol,
         "distance": f"{ruler.name}: {ruler.title}",
         "samples_of_each_row": num,
+        "reconstruction": "of each training image at most once, so there may be fewer",
         "seeds": args.seeds,
         "image": f"one draw of the decoder, temperature {args.temperature:g}",
         "order_of_rows": [row.name for row in rows],

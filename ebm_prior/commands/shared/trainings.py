@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -97,6 +98,7 @@ def train(trainings: Sequence[Some], at_once: int, steps: int | None = None) -> 
     total = steps and steps * len(waiting)
     bar = tqdm(total=total, desc="training priors", unit="it", smoothing=0.05)
     finished = 0
+    before = signal.signal(signal.SIGTERM, _interrupt)  # or the trainings would outlive us
     try:
         while waiting or running:
             while waiting and len(running) < at_once:
@@ -110,6 +112,12 @@ def train(trainings: Sequence[Some], at_once: int, steps: int | None = None) -> 
             bar.refresh()
             yield from ended
     finally:
+        signal.signal(signal.SIGTERM, before)
         bar.close()
         for training in running:
             training.stop()
+
+
+def _interrupt(number: int, frame: object) -> None:
+    """A SIGTERM ends as Ctrl-C does: by way of every `finally`."""
+    raise KeyboardInterrupt

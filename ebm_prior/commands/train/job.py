@@ -282,9 +282,10 @@ def told(command: Run, summary: Summary) -> str:
     classes = ""
     if summary.accuracy is not None:
         classes = f"; {summary.accuracy:.0%} of the labels at t = 0 are right"
+    right = "a classifier's: it falls" if command.prior == "ncp" else "near 0 is right"
     text = (
         f"{state} {summary.step} of {summary.steps} steps in {summary.seconds:.0f} s. Of the last"
-        f" steps: mean f(u-) - f(u+) {summary.difference:+.3g} (near 0 is right), deviation of the"
+        f" steps: mean f(u-) - f(u+) {summary.difference:+.3g} ({right}), deviation of the"
         f" chains' u {summary.u_std:.3f} (the data's: {summary.data_std:.3f}){classes}{halved}."
         f" {out} holds prior.safetensors (the prior), last.pt (to go on from), config.json,"
         " args.json, metrics.jsonl, tensorboard/ and grids/, and once done report.json."

@@ -11,16 +11,15 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from ebm_prior.backbones.base import Moments
+from ebm_prior.backbones.top_down import TopDown
 from ebm_prior.fingerprint import fingerprint
 from ebm_prior.latents import Layout
 from nvae import batchnorm, checkpoint
 from nvae.arch import ModelConfig
-from nvae.distributions import Normal
 from nvae.model import AutoEncoder, Choose
 
 
-class NVAEBackbone:
+class NVAEBackbone(TopDown):
     """A frozen view of a model: the same memory, no gradient to it, always in eval mode.
 
     The model itself keeps its mode and its `requires_grad`. Its BatchNorm statistics are seen as
@@ -120,61 +119,21 @@ class NVAEBackbone:
         Returns:
             u, (B, D).
         """
-        return self._standardised(x, None, generator)
+        return self._drawn(x, None, generator)
 
     @torch.no_grad()
     def infer_with(self, x: Tensor, eps: Sequence[Tensor]) -> Tensor:
         """`infer` with the noise before the flows given, one (B, ...) tensor per layer."""
-        return self._standardised(x, list(eps), None)
+        return self._drawn(x, list(eps), None)
 
-    def _standardised(
+    def _drawn(
         self, x: Tensor, eps: list[Tensor] | None, generator: torch.Generator | None
     ) -> Tensor:
-        if x.ndim != 4 or x.shape[1:] != self.config.image_shape:
-            raise ValueError(
-                f"images have shape {tuple(x.shape)}, expected (B,"
-                f" {', '.join(map(str, self.config.image_shape))}) with values in [0, 1]"
-            )
-        encoded = self.model.encode(x)
-        posterior = self.model.posterior_choice(encoded, eps=eps, generator=generator)
-        u: list[Tensor] = []
+        def posterior() -> Choose:
+            encoded = self.model.encode(x)
+            return self.model.posterior_choice(encoded, eps=eps, generator=generator)
 
-        def choose(i: int, prior: Normal, h: Tensor | None) -> Tensor:
-            z = posterior(i, prior, h)
-            u.append((z - prior.mean) / prior.std)
-            return z
-
-        self.model.walk(len(x), choose, image=False)
-        return self.layout.join(u)
-
-    def to_z(self, u: Tensor, temperature: float = 1.0) -> list[Tensor]:
-        """T, differentiable in u; the walk ends at the last latent, no image is made."""
-        z: list[Tensor] = []
-        self.model.walk(len(u), self._given(u, temperature, z), image=False)
-        return z
-
-    @torch.no_grad()
-    def to_u(self, z: Sequence[Tensor]) -> Tensor:
-        """T^-1: no temperature, moments computed from the given z."""
-        pairs = zip(z, self.moments(z), strict=True)
-        return self.layout.join([(z_i - layer.mean) / layer.std for z_i, layer in pairs])
-
-    def moments(self, z: Sequence[Tensor]) -> list[Moments]:
-        """Per layer the prior's moments, and the decoder state before z_i is added."""
-        found: list[Moments] = []
-
-        def choose(i: int, prior: Normal, h: Tensor | None) -> Tensor:
-            found.append(Moments(prior.mean, prior.std, h))
-            return z[i]
-
-        self.model.walk(len(z[0]), choose, image=False)
-        return found
-
-    def logits(self, u: Tensor, temperature: float = 1.0) -> Tensor:
-        """The decoder's raw output at T(u), differentiable in u."""
-        logits = self.model.walk(len(u), self._given(u, temperature, []))
-        assert logits is not None
-        return logits
+        return self.standardised(x, posterior)
 
     @torch.no_grad()
     def decode(
@@ -185,16 +144,6 @@ class NVAEBackbone:
         if self.config.data.output == "bernoulli":
             return output.mean()
         return output.sample(generator=generator).clamp(0.0, 1.0)
-
-    def _given(self, u: Tensor, temperature: float, z: list[Tensor]) -> Choose:
-        """A `choose` that takes z_i from u and notes it in `z`."""
-        parts = self.layout.split(u)
-
-        def choose(i: int, prior: Normal, h: Tensor | None) -> Tensor:
-            z.append(prior.mean + temperature * prior.std * parts[i])
-            return z[-1]
-
-        return choose
 
 
 def load(path: str | os.PathLike[str], device: str | torch.device = "cpu") -> NVAEBackbone:

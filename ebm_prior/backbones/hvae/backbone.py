@@ -10,13 +10,13 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from ebm_prior.backbones.base import Moments
 from ebm_prior.backbones.hvae.model import HVAE, Choose, Normal
+from ebm_prior.backbones.top_down import TopDown
 from ebm_prior.fingerprint import fingerprint
 from ebm_prior.latents import Layout
 
 
-class HVAEBackbone:
+class HVAEBackbone(TopDown):
     """A frozen view of a network: the same memory, no gradient to it.
 
     The network itself keeps its mode and its `requires_grad`.
@@ -48,52 +48,19 @@ class HVAEBackbone:
         Returns:
             u, (B, D).
         """
-        return self._standardised(x, lambda i, posterior: posterior.sample(generator))
+        return self._drawn(x, lambda i, posterior: posterior.sample(generator))
 
     @torch.no_grad()
     def infer_with(self, x: Tensor, eps: Sequence[Tensor]) -> Tensor:
         """`infer` with its noise given, one (B, \\*shape) tensor per layer."""
-        return self._standardised(x, lambda i, posterior: posterior.mean + posterior.std * eps[i])
+        return self._drawn(x, lambda i, posterior: posterior.mean + posterior.std * eps[i])
 
-    def _standardised(self, x: Tensor, draw: Callable[[int, Normal], Tensor]) -> Tensor:
-        if x.ndim != 4 or tuple(x.shape[1:]) != self.config.image_shape:
-            raise ValueError(
-                f"images have shape {tuple(x.shape)}, expected (B,"
-                f" {', '.join(map(str, self.config.image_shape))}) with values in [0, 1]"
-            )
-        features = self.model.encode(x)
-        u: list[Tensor] = []
+    def _drawn(self, x: Tensor, draw: Callable[[int, Normal], Tensor]) -> Tensor:
+        def posterior() -> Choose:
+            features = self.model.encode(x)
+            return lambda i, prior, h: draw(i, self.model.posterior_of(i, prior, h, features[i]))
 
-        def choose(i: int, prior: Normal, h: Tensor | None) -> Tensor:
-            z = draw(i, self.model.posterior_of(i, prior, h, features[i]))
-            u.append((z - prior.mean) / prior.std)
-            return z
-
-        self.model.walk(len(x), choose, image=False)
-        return self.layout.join(u)
-
-    def to_z(self, u: Tensor, temperature: float = 1.0) -> list[Tensor]:
-        """T, differentiable in u; the walk ends at the last latent, no image is made."""
-        z: list[Tensor] = []
-        self.model.walk(len(u), self._given(u, temperature, z), image=False)
-        return z
-
-    @torch.no_grad()
-    def to_u(self, z: Sequence[Tensor]) -> Tensor:
-        """T^-1: no temperature, moments computed from the given z."""
-        pairs = zip(z, self.moments(z), strict=True)
-        return self.layout.join([(z_i - layer.mean) / layer.std for z_i, layer in pairs])
-
-    def moments(self, z: Sequence[Tensor]) -> list[Moments]:
-        """Per layer the prior's moments, and the state before z_i is added."""
-        found: list[Moments] = []
-
-        def choose(i: int, prior: Normal, h: Tensor | None) -> Tensor:
-            found.append(Moments(prior.mean, prior.std, h))
-            return z[i]
-
-        self.model.walk(len(z[0]), choose, image=False)
-        return found
+        return self.standardised(x, posterior)
 
     @torch.no_grad()
     def decode(
@@ -104,16 +71,4 @@ class HVAEBackbone:
         The noise is independent from pixel to pixel: a draw is the mean with grain on it.
         `generator` is taken for the protocol's sake.
         """
-        output = self.model.walk(len(u), self._given(u, temperature, []))
-        assert output is not None
-        return self.model.mean(output)
-
-    def _given(self, u: Tensor, temperature: float, z: list[Tensor]) -> Choose:
-        """A `choose` that takes z_i from u and notes it in `z`."""
-        parts = self.layout.split(u)
-
-        def choose(i: int, prior: Normal, h: Tensor | None) -> Tensor:
-            z.append(prior.mean + temperature * prior.std * parts[i])
-            return z[-1]
-
-        return choose
+        return self.model.mean(self.logits(u, temperature))

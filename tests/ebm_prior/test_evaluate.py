@@ -10,7 +10,7 @@ from PIL import Image
 from ebm_prior import checkpoint
 from ebm_prior.backbones.nvae import NVAEBackbone
 from ebm_prior.commands import main
-from ebm_prior.commands.shared import measure
+from ebm_prior.commands.shared import measure, subset
 from ebm_prior.commands.shared.rows import Row, summary
 from ebm_prior.commands.shared.samples import Sampled
 from ebm_prior.joint import JointPrior
@@ -221,3 +221,9 @@ def test_a_row_is_the_mean_over_seeds_with_its_range():
     alone = summary(row, [3], runs[:1])
     assert "range" not in alone
     assert alone["fid"] == 2.0
+
+
+def test_the_draws_of_an_image_stand_together_and_memory_bounds_them(monkeypatch):
+    assert subset.draws_of(3, 2, 5).tolist() == [0, 0, 1, 1, 2, 2]
+    monkeypatch.setattr(subset, "MEMORY", 4 * 5 * 4)
+    assert subset.draws_of(3, 2, 5).tolist() == [0, 0, 1, 1]

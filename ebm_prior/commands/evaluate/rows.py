@@ -89,9 +89,7 @@ def _fits(images: Images, dim: int) -> bool:
 def _fitted(job: Job, images: Images) -> Row:
     """The Gaussian fitted on the spot: the cheapest prior that knows the aggregate posterior."""
     backbone = job.backbone_in_use
-    times = _repeats(images)
-    most = min(MOST_SAMPLES, draws_of(len(images), times, backbone.layout.dim))
-    which = torch.arange(len(images)).repeat(times)[:most]
+    which = draws_of(len(images), _repeats(images), backbone.layout.dim)[:MOST_SAMPLES]
     rank = 0 if backbone.layout.dim <= LARGEST_FIT else RANK
     config = PriorConfig(shapes=backbone.layout.shapes, kind="fitted", rank=rank)
     found: list[Prior] = []
@@ -102,7 +100,7 @@ def _fitted(job: Job, images: Images) -> Row:
 
     def fit() -> None:
         if not found:
-            u = job.blocks(most, "posterior", infer).to(job.here.device)
+            u = job.blocks(len(which), "posterior", infer).to(job.here.device)
             found.append(FittedPrior.fit(backbone, config, u))
 
     def draw(first: int, count: int, generator: torch.Generator) -> Tensor:
@@ -110,7 +108,7 @@ def _fitted(job: Job, images: Images) -> Row:
 
     facts = {
         "covariance_rank": rank or "full",
-        "posterior_draws": most,
+        "posterior_draws": len(which),
         "seed_of_fit": job.seed,
     }
     return Row("fitted", "fitted Gaussian", draw, backbone, "fitted", facts=facts, prepare=fit)

@@ -36,9 +36,12 @@ class Subset:
 Images = Tensor | Subset
 
 
-def draws_of(num: int, times: int, dim: int) -> int:
-    """How many posterior draws to fit to: `times` per image, as many as memory holds."""
-    return min(num * times, MEMORY // (4 * dim))
+def draws_of(num: int, times: int, dim: int) -> Tensor:
+    """Of which image each posterior draw of a fit is, (N,): `times` each, as memory holds.
+
+    The draws of an image stand together: a fit of low rank takes halves of different images.
+    """
+    return torch.arange(num).repeat_interleave(times)[: MEMORY // (4 * dim)]
 
 
 @torch.no_grad()

@@ -109,9 +109,8 @@ def draws(command: Run, backbone: Opened, images: ImageSet) -> Tensor:
     seed, times = command.options["seed"], command.settings["draws"]
     if times < 1:
         raise ValueError(f"--draws {times}: expected at least 1")
-    most = draws_of(len(images), times, backbone.layout.dim)
     order = torch.randperm(len(images), generator=seeded("cpu", seed))
-    index = order.repeat_interleave(times)[:most]  # `low_rank` takes halves of different images
+    index = order[draws_of(len(images), times, backbone.layout.dim)]
     size = min(BLOCK, max(1, command.settings["batch_size"]))
     found, chosen = [], Subset(images, torch.arange(len(images)))
     for first in tqdm(range(0, len(index), size), "posterior", disable=None):

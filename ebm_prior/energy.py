@@ -9,8 +9,9 @@ Attribute names that hold weights are the file format (`netE0.conv_start.weight_
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -316,6 +317,10 @@ class EnergyNets(nn.Module):
     def layer(self, i: int) -> nn.Module:
         """The network of layer i."""
         return self.get_submodule(f"netE{i}")
+
+    def at(self, t: Tensor) -> Callable[[Sequence[Tensor]], Tensor]:
+        """The function z -> `self(z, t)` for the many calls of a chain."""
+        return functools.partial(self, t=t)
 
     def forward(self, z: Sequence[Tensor], t: Tensor) -> Tensor:
         """z: one (B, \\*shape) per layer, t (B,) -> the f_i, (B, L); more columns if coupled."""

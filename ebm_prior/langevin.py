@@ -8,12 +8,31 @@ norm of the energies, so one call more or less is another algorithm.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+#: u (B, D) -> log p(u), (B,), differentiable. It may have a method `with_gradient`, u -> (log p,
+#: gradient), for what it knows in closed form; without one autograd finds the gradient.
 LogDensity = Callable[[Tensor], Tensor]
+
+
+class Sampler(Protocol):
+    """What draws from a log density; `run` is one."""
+
+    def __call__(
+        self,
+        u: Tensor,
+        log_density: LogDensity,
+        *,
+        step_size: float | Tensor,
+        num_steps: int,
+        generator: torch.Generator | None = None,
+        noise: Iterable[Tensor] | None = None,
+        mask: Tensor | None = None,
+        callback: Callable[[int, State, Info], None] | None = None,
+    ) -> Tensor: ...
 
 
 class State(NamedTuple):
@@ -23,11 +42,17 @@ class State(NamedTuple):
 
 
 class Info(NamedTuple):
-    """What one step did, for logs; norms are computed only when asked for."""
+    """What one step did, for logs; what follows from it is computed only when asked for."""
 
     log_density: Tensor  # (B,), at the state the step started from
     gradient: Tensor  # (B, D)
-    move: Tensor  # (B, D), new state minus old
+    before: Tensor  # (B, D), the state the step started from
+    after: Tensor  # (B, D)
+
+    @property
+    def move(self) -> Tensor:
+        """(B, D), new state minus old."""
+        return self.after - self.before
 
     @property
     def gradient_norm(self) -> Tensor:
@@ -70,7 +95,20 @@ def step(
         The next state, and log p at the old one with gradient and move.
     """
     s = step_size.unsqueeze(1) if isinstance(step_size, Tensor) and step_size.ndim else step_size
-    u = state.u.detach().requires_grad_()
+    u = state.u
+    log_p, gradient = value_and_gradient(log_density, u)
+    moved = u + 0.5 * s * gradient + s**0.5 * noise
+    if mask is not None:
+        moved = torch.where(mask, u, moved)
+    return State(moved), Info(log_p, gradient, u, moved)
+
+
+def value_and_gradient(log_density: LogDensity, u: Tensor) -> tuple[Tensor, Tensor]:
+    """log p(u), (B,), and its gradient, (B, D), without a graph; one evaluation."""
+    own = getattr(log_density, "with_gradient", None)
+    if own is not None:
+        return own(u)
+    u = u.detach().requires_grad_()
     with torch.enable_grad():
         log_p = log_density(u)
         if log_p.shape != u.shape[:1]:
@@ -80,11 +118,7 @@ def step(
             )
         # Summed, never averaged: samples are independent, so each row is its own exact gradient.
         (gradient,) = torch.autograd.grad(log_p.sum(), u)
-    u = u.detach()
-    moved = u + 0.5 * s * gradient + s**0.5 * noise
-    if mask is not None:
-        moved = torch.where(mask, u, moved)
-    return State(moved), Info(log_p.detach(), gradient, moved - u)
+    return log_p.detach(), gradient
 
 
 def run(

@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +30,67 @@ from ebm_prior.schedule import Schedule, at, forward_pair
 Record = Callable[[int, langevin.State, langevin.Info], None]
 
 
+@dataclass(frozen=True, eq=False)
+class Conditional:
+    r"""The function u -> log pi(u | u_{t+1}), (B, D) -> (B,), up to a constant, with its gradient.
+
+    .. math:: F(T(u), t) - \tfrac12 |u|^2 - \tfrac{w}{2} |\alpha u - u_{t+1}|^2
+
+    Attributes:
+        f: u -> F(T(u), t), (B,), differentiable; None is f = 0.
+        u_next: u_{t+1}, (B, D).
+        alpha: alpha_{t+1}, (B, 1).
+        weight: w = r_{t+1} / sigma_{t+1}^2, (B, 1).
+    """
+
+    f: Force | None
+    u_next: Tensor
+    alpha: Tensor
+    weight: Tensor
+
+    def __call__(self, u: Tensor) -> Tensor:
+        log_gauss = self._gaussian(u)
+        return log_gauss if self.f is None else log_gauss + self.f(u)
+
+    def with_gradient(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """log pi, (B,), and its gradient, (B, D), without a graph; the Gaussian terms' by hand."""
+        with torch.no_grad():
+            log_p = self._gaussian(u)
+            off = self.alpha * u - self.u_next
+            gradient = -u - self.weight * self.alpha * off
+        if self.f is None:
+            return log_p, gradient
+        f, of_f = langevin.value_and_gradient(self.f, u)
+        return log_p + f, gradient + of_f
+
+    def _gaussian(self, u: Tensor) -> Tensor:
+        off = self.alpha * u - self.u_next
+        return -0.5 * (u.square() + self.weight * off.square()).sum(1)
+
+
+@dataclass(frozen=True, eq=False)
+class Force:
+    """The function u -> F(T(u), t), (B, D) -> (B,): what the energies add to a Gaussian.
+
+    Attributes:
+        to_z: T.
+        columns: z -> what the networks give at t.
+        scale: what that is divided by, (B, 1) or a number.
+        labels, guidance: see `EBMPrior.log_density`.
+    """
+
+    to_z: Callable[[Tensor], list[Tensor]]
+    columns: Callable[[list[Tensor]], Tensor]
+    coupling: Coupling
+    scale: Tensor | float
+    labels: Tensor | None = None
+    guidance: float = 1.0
+
+    def __call__(self, u: Tensor) -> Tensor:
+        f = self.coupling.total(self.columns(self.to_z(u)), self.labels, self.guidance)
+        return (f / self.scale).sum(1)
+
+
 class EBMPrior(Prior):
     """The energy-based prior of one backbone.
 
@@ -36,6 +99,7 @@ class EBMPrior(Prior):
 
     Attributes:
         energies: the trainable part, (z, t) -> (B, L); coupled layers give a column per class.
+        sampler: what runs a chain on the conditional: `langevin.run`, or another like it.
         coupling: what makes f and the classes' logits of those columns.
     """
 
@@ -44,7 +108,8 @@ class EBMPrior(Prior):
         self.schedule = Schedule(config.max_T, config.last_step_kernel)
         self.step_sizes = self.schedule.step_size(config.b2, config.step_rule)  # e2(t), (N,)
         self.coupling = Coupling(len(config.shapes), config.attributes, config.per_layer_classes)
-        self.energies: nn.Module = self.networks(config)
+        self.energies: Any = self.networks(config)
+        self.sampler: langevin.Sampler = langevin.run
         self.eval()
 
     @classmethod
@@ -112,21 +177,16 @@ class EBMPrior(Prior):
         t = self._index(t, u_next)
         if labels is not None:
             self.coupling.check_labels(labels, len(u_next))
-        schedule = self.schedule
-        alpha = at(schedule.alpha, t + 1, u_next)
-        precision = at(schedule.recovery / schedule.sigma.square(), t + 1, u_next)
-        scale = self.scale(t, u_next)
-
-        def log_pi(u: Tensor) -> Tensor:
-            off = alpha * u - u_next
-            log_gauss = -0.5 * (u.square() + precision * off.square()).sum(1)
-            if zero_energy:
-                return log_gauss
-            columns = self.energies(self.backbone.to_z(u), t)
-            f = self.coupling.total(columns, labels, guidance)
-            return log_gauss + (f / scale).sum(1)
-
-        return log_pi
+        schedule, f = self.schedule, None
+        if not zero_energy:
+            columns, scale = self.energies.at(t), self.scale(t, u_next)
+            f = Force(self.backbone.to_z, columns, self.coupling, scale, labels, guidance)
+        return Conditional(
+            f,
+            u_next,
+            alpha=at(schedule.alpha, t + 1, u_next),
+            weight=at(schedule.recovery / schedule.sigma.square(), t + 1, u_next),
+        )
 
     def chain(
         self, t: int, u_next: Tensor, *, zero_energy: bool = False
@@ -174,7 +234,7 @@ class EBMPrior(Prior):
             t, u_next, labels=labels, guidance=guidance, zero_energy=zero_energy
         )
         with frozen(self.energies):
-            return langevin.run(
+            return self.sampler(
                 u_next if init is None else init,
                 log_density,
                 step_size=at(self.step_sizes, self._index(t, u_next), u_next).squeeze(1),

@@ -301,3 +301,18 @@ def test_the_loss_contrasts_a_chain_from_u_next_drawn_with_independent_noises(se
     noise = [torch.randn(n, 5, generator=g) for _ in range(3)]
     by_hand, _ = prior.contrast(positive, prior.reverse(t, u_next, noise=noise), t)
     torch.testing.assert_close(loss, by_hand)
+
+
+@pytest.mark.parametrize("zero_energy", [False, True])
+@pytest.mark.parametrize("last_step_kernel", [False, True])
+def test_the_gradient_by_hand_is_autograds(zero_energy, last_step_kernel, generator):
+    prior = make(last_step_kernel=last_step_kernel)
+    u, u_next = torch.randn(2, 6, prior.layout.dim, generator=generator)
+    t = torch.tensor([0, 1, 2, 0, 1, 2])
+    log_pi = prior.log_density(t, u_next, zero_energy=zero_energy)
+    value, gradient = log_pi.with_gradient(u)
+    point = u.clone().requires_grad_()
+    by_autograd = log_pi(point)
+    torch.testing.assert_close(value, by_autograd.detach())
+    torch.testing.assert_close(gradient, torch.autograd.grad(by_autograd.sum(), point)[0])
+    assert not gradient.requires_grad

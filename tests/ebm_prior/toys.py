@@ -168,6 +168,9 @@ class Energies(nn.Module):
         self.weight = nn.Parameter(torch.zeros((), dtype=dtype))  # tells device and precision
         self.calls = 0
 
+    def at(self, t):
+        return lambda z: self(z, t)
+
     def forward(self, z, t):
         self.calls += 1
-        return self.function(z, t) + 0 * self.weight
+        return self.function(z, t) + 0 * self.weight + 0 * z[0].flatten(1)[:, :1]

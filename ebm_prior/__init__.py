@@ -19,10 +19,20 @@ if TYPE_CHECKING:
     from ebm_prior.backbones.base import Backbone
     from ebm_prior.checkpoint import load
     from ebm_prior.config import PriorConfig
+    from ebm_prior.frozen import fast
     from ebm_prior.latents import Layout
     from ebm_prior.prior import EBMPrior
 
-__all__ = ["Backbone", "EBMPrior", "Layout", "PriorConfig", "__version__", "attach", "load"]
+__all__ = [
+    "Backbone",
+    "EBMPrior",
+    "Layout",
+    "PriorConfig",
+    "__version__",
+    "attach",
+    "fast",
+    "load",
+]
 
 _HOME = {
     "Backbone": "backbones.base",
@@ -30,6 +40,7 @@ _HOME = {
     "Layout": "latents",
     "PriorConfig": "config",
     "attach": "attach",
+    "fast": "frozen",
     "load": "checkpoint",
 }
 

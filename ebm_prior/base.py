@@ -90,6 +90,7 @@ class Prior(nn.Module, ABC):
         """The same prior, its learned part shared, on another view of the same VAE."""
         _check_shapes(self.config, backbone)
         other = copy.copy(self)
+        other._modules = dict(self._modules)  # a copy of its own: to replace one is not to share
         other._held = (backbone,)
         return other
 

@@ -74,7 +74,23 @@ def halvings(
     return plan, height * width
 
 
-class _TimedNet(nn.Module):
+class Energy(nn.Module):
+    """A network f(z, t) in two parts: what it makes of t, and the rest, which takes that."""
+
+    def timed(self, embedding: Tensor) -> list[Tensor]:
+        """Everything that t enters by, made of its embedding (B, 128); `f` takes it."""
+        raise NotImplementedError
+
+    def f(self, z: Tensor, timed: list[Tensor]) -> Tensor:
+        """z (B, \\*shape) -> f (B, outputs)."""
+        raise NotImplementedError
+
+    def forward(self, z: Tensor, t: Tensor) -> Tensor:
+        """z (B, \\*shape), t (B,) -> f (B, outputs)."""
+        return self.f(z, self.timed(time_embedding(t).to(z.dtype)))
+
+
+class _TimedNet(Energy):
     """What variants A and B share: SiLU-first layers and dense residual pairs that see time."""
 
     def __init__(self, spectral_norm: bool) -> None:
@@ -102,15 +118,13 @@ class _TimedNet(nn.Module):
         self.add_module(f"{name}_all", self.silu_linear(size_out, size_out))
         self.add_module(f"{name}_short", self.silu_linear(size_in, size_out))
 
-    def pair(self, name: str, v: Tensor, e: Tensor) -> Tensor:
-        x, time, both, short = (
-            self.get_submodule(f"{name}_{part}") for part in ("x", "t", "all", "short")
-        )
-        return both(x(v) + time(e)) + short(v)
+    def pair(self, name: str, v: Tensor, timed: Tensor) -> Tensor:
+        x, both, short = (self.get_submodule(f"{name}_{part}") for part in ("x", "all", "short"))
+        return both(x(v) + timed) + short(v)
 
 
 class ResidualBlock(_TimedNet):
-    """y -> conv'(SiLU y) + conv3(SiLU(conv(SiLU y) + Lin(SiLU e))), half the size."""
+    """y -> conv'(SiLU y) + conv3(SiLU(conv(SiLU y) + s)), half the size; s = Lin(SiLU e)."""
 
     def __init__(self, width: int, halve: tuple[bool, bool], spectral_norm: bool) -> None:
         super().__init__(spectral_norm)
@@ -119,9 +133,12 @@ class ResidualBlock(_TimedNet):
         self.conv2d_shortcut = self.silu_conv(width, width, halve)
         self.linear = self.silu_linear(EMBEDDING, width)
 
-    def forward(self, y: Tensor, e: Tensor) -> Tensor:
-        g = self.conv2d_1(y) + self.linear(e)[..., None, None]
-        return self.conv2d_shortcut(y) + self.conv2d_2(g)
+    def timed(self, embedding: Tensor) -> list[Tensor]:
+        return [self.linear(embedding)[..., None, None]]
+
+    def f(self, z: Tensor, timed: list[Tensor]) -> Tensor:
+        g = self.conv2d_1(z) + timed[0]
+        return self.conv2d_shortcut(z) + self.conv2d_2(g)
 
 
 class ResidualEnergy(_TimedNet):
@@ -153,17 +170,22 @@ class ResidualEnergy(_TimedNet):
         self.add_pair("linear2", 2 * width, width)
         self.out = self.silu_linear(width, outputs)
 
-    def forward(self, z: Tensor, t: Tensor) -> Tensor:
-        """z (B, C, H, W), t (B,) -> f (B, outputs)."""
-        embedding = time_embedding(t).to(z.dtype)
+    def timed(self, embedding: Tensor) -> list[Tensor]:
         e = self.t_ebm_model2(embedding)
-        x = z + self.t_ebm_model1(embedding)[..., None, None]
-        g = self.conv_start(x) + self.t_linear(e)[..., None, None]
-        y = self.conv_all(g) + self.conv_short(x)
-        for block in self.res_blocks:
-            y = block(y, e)
-        v = self.pair("linear2", self.pair("linear1", y.flatten(1), e), e)
-        return self.out(v)
+        maps = [self.t_ebm_model1(embedding), self.t_linear(e)]
+        return [
+            *(part[..., None, None] for part in maps),
+            *(part for block in self.res_blocks for part in _energy(block).timed(e)),
+            *(self.get_submodule(f"linear{i}_t")(e) for i in (1, 2)),
+        ]
+
+    def f(self, z: Tensor, timed: list[Tensor]) -> Tensor:
+        shift, start, *blocks, first, second = timed
+        x = z + shift
+        y = self.conv_all(self.conv_start(x) + start) + self.conv_short(x)
+        for block, part in zip(self.res_blocks, blocks, strict=True):
+            y = _energy(block).f(y, [part])
+        return self.out(self.pair("linear2", self.pair("linear1", y.flatten(1), first), second))
 
 
 class ConvEnergy(_TimedNet):
@@ -194,15 +216,16 @@ class ConvEnergy(_TimedNet):
         self.add_pair("linear2", 8 * width, 4 * width)
         self.out = self.silu_linear(4 * width, outputs)
 
-    def forward(self, z: Tensor, t: Tensor) -> Tensor:
-        """z (B, C, H, W), t (B,) -> f (B, outputs)."""
-        e = self.t_ebm_model1(time_embedding(t).to(z.dtype))
+    def timed(self, embedding: Tensor) -> list[Tensor]:
+        e = self.t_ebm_model1(embedding)
+        return [self.get_submodule(f"linear{i}_t")(e) for i in (1, 2)]
+
+    def f(self, z: Tensor, timed: list[Tensor]) -> Tensor:
         v = self.downsample(self.conv2d(z)).flatten(1)
-        v = self.pair("linear2", self.pair("linear1", v, e), e)
-        return self.out(v)
+        return self.out(self.pair("linear2", self.pair("linear1", v, timed[0]), timed[1]))
 
 
-class MLPEnergy(nn.Module):
+class MLPEnergy(Energy):
     """Variant C, for vector latents and small maps, which it flattens: dense, with biases.
 
     y = Lin(z) + E(t), `depth` times y <- y + Lin(SiLU(y)), f = Lin(SiLU(y)).
@@ -228,15 +251,17 @@ class MLPEnergy(nn.Module):
         )
         self.out = nn.Sequential(nn.SiLU(), dense(width, outputs))
 
-    def forward(self, z: Tensor, t: Tensor) -> Tensor:
-        """z (B, \\*shape), t (B,) -> f (B, outputs)."""
-        y = self.input(z.flatten(1)) + self.time(time_embedding(t).to(z.dtype))
+    def timed(self, embedding: Tensor) -> list[Tensor]:
+        return [self.time(embedding)]
+
+    def f(self, z: Tensor, timed: list[Tensor]) -> Tensor:
+        y = self.input(z.flatten(1)) + timed[0]
         for layer in self.layers:
             y = y + layer(y)
         return self.out(y)
 
 
-class MapEnergy(nn.Module):
+class MapEnergy(Energy):
     """Our own, for maps of any size, light and with biases; a vector counts as a map of 1x1.
 
     conv3 plus E(t), then a local head (conv1, summed over the map) beside strided convolutions to
@@ -275,15 +300,22 @@ class MapEnergy(nn.Module):
             nn.SiLU(), nn.Flatten(), dense(width * high * wide, 64), nn.SiLU(), dense(64, outputs)
         )
 
-    def forward(self, z: Tensor, t: Tensor) -> Tensor:
-        """z (B, \\*shape), t (B,) -> f (B, outputs)."""
-        e = self.time(time_embedding(t).to(z.dtype))
-        y = self.first(z.reshape(-1, *self.shape)) + e[..., None, None]
+    def timed(self, embedding: Tensor) -> list[Tensor]:
+        return [self.time(embedding)[..., None, None]]
+
+    def f(self, z: Tensor, timed: list[Tensor]) -> Tensor:
+        y = self.first(z.reshape(-1, *self.shape)) + timed[0]
         local = self.local(y).sum((2, 3)) / math.sqrt(math.prod(self.shape[1:]))
         y = self.down(y)
         for block in self.blocks:
             y = y + block(y)
         return self.out(y) + local
+
+
+def _energy(module: nn.Module) -> Energy:
+    """A child of a `ModuleList`, whose type is not told."""
+    assert isinstance(module, Energy)
+    return module
 
 
 def net_of(config: PriorConfig, shape: Sequence[int], outputs: int = 1) -> nn.Module:

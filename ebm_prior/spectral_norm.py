@@ -15,6 +15,15 @@ from torch import Tensor, nn
 EPS = 1e-12
 
 
+def power_iteration(matrix: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
+    r"""One step towards the leading singular vectors of W (..., out, in), from u (..., out).
+
+    .. math:: v \leftarrow W^\top u / |W^\top u|, \; u \leftarrow W v / |W v|
+    """
+    v = F.normalize((u.unsqueeze(-2) @ matrix).squeeze(-2), dim=-1, eps=EPS)
+    return F.normalize((matrix @ v.unsqueeze(-1)).squeeze(-1), dim=-1, eps=EPS), v
+
+
 class SpectralNorm(nn.Module):
     r"""Mix-in for layers with a weight: W / sigma, sigma estimating W's largest singular value.
 

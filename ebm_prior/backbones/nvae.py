@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ebm_prior.backbones.top_down import TopDown
 from ebm_prior.fingerprint import fingerprint
 from ebm_prior.latents import Layout
+from ebm_prior.steps import Steps
 from nvae import batchnorm, checkpoint
 from nvae.arch import ModelConfig
 from nvae.model import AutoEncoder, Choose
@@ -64,6 +65,12 @@ class NVAEBackbone(TopDown):
     def with_bn_statistics(self, statistics: Mapping[str, Tensor] | None) -> NVAEBackbone:
         """A view of the same model with other BatchNorm statistics, or its own again (None)."""
         return NVAEBackbone(self.live, statistics, config=self.config)
+
+    def folded(self, steps: Steps) -> NVAEBackbone:
+        """The same backbone with its map T on a frozen copy: `backbones.folded`."""
+        from ebm_prior.backbones.folded import FoldedNVAE
+
+        return FoldedNVAE(self.live, self.bn_statistics, config=self.config, steps=steps)
 
     def readjust_bn(
         self,

@@ -10,6 +10,7 @@ import torch
 
 from ebm_prior.config import PriorConfig
 from ebm_prior.energy import ConvEnergy, EnergyNets, ResidualEnergy, time_embedding
+from ebm_prior.frozen import fast
 from ebm_prior.prior import EBMPrior
 from ebm_prior.schedule import Schedule, forward_pair
 from tests.conftest import golden_files
@@ -156,10 +157,11 @@ class Case:
             assert_near(part, self.golden[name.format(i)], of_maximum)
 
 
+@pytest.mark.parametrize("on", [lambda prior: prior, fast], ids=["plain", "fast"])
 @each("langevin_*.npz")
-def test_golden_langevin_chain(path, hierarchy):
+def test_golden_langevin_chain(path, on, hierarchy):
     case = Case(path, hierarchy)
-    prior, golden, t = case.prior, case.golden, case.golden["t"]
+    prior, golden, t = on(case.prior), case.golden, case.golden["t"]
     start = case.joined("u_t1_{}")
 
     u = start.clone().requires_grad_()
@@ -192,10 +194,11 @@ def test_golden_langevin_chain(path, hierarchy):
     assert_near(hierarchy.decode(u, golden["chain/temp"].item()), golden["chain/x"], 1e-5)
 
 
+@pytest.mark.parametrize("on", [lambda prior: prior, fast], ids=["plain", "fast"])
 @each("train_step_*.npz")
-def test_golden_training_step(path, hierarchy):
+def test_golden_training_step(path, on, hierarchy):
     case = Case(path, hierarchy)
-    prior, golden, args, t = case.prior, case.golden, case.args, case.golden["t"]
+    prior, golden, args, t = on(case.prior), case.golden, case.args, case.golden["t"]
 
     u = hierarchy.to_u([golden[f"z_post_{i}"] for i in range(3)])
     noises = case.joined("pair_noise_t_{}"), case.joined("pair_noise_t1_{}")

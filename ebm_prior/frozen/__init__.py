@@ -1,0 +1,41 @@
+"""The fast path: a prior whose chains run on frozen, folded copies; the plain one is its oracle.
+
+    prior = ebm_prior.fast(ebm_prior.load("prior.safetensors", vae))
+
+What comes back satisfies the same interfaces, so nothing that uses a prior knows on which path it
+runs; the commands choose. The learned weights are shared: trained further, or loaded anew, the
+fast prior follows.
+"""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from ebm_prior.base import Prior
+from ebm_prior.energy import EnergyNets
+from ebm_prior.frozen.wide import WideEnergies
+from ebm_prior.prior import EBMPrior
+from ebm_prior.steps import NAMES, Steps
+
+__all__ = ["NAMES", "Steps", "fast"]
+
+Same = TypeVar("Same", bound=Prior)
+
+
+def fast(prior: Same, steps: Steps | None = None) -> Same:
+    """The same prior with its chains on the fast path; the given one stays as it is.
+
+    A backbone with a method `folded(steps)` gives its frozen copy, any other is used as it is. The
+    energies of equal shape are evaluated as one network.
+
+    Args:
+        steps: which optimisations; by default all that are exact.
+    """
+    steps = steps or Steps()
+    folded = getattr(prior.backbone, "folded", None)
+    backbone = folded(steps) if steps.tower and folded is not None else prior.backbone
+    found = prior.on(backbone)
+    if isinstance(found, EBMPrior) and isinstance(found.energies, EnergyNets):
+        if steps.once or steps.group:
+            found.energies = WideEnergies(found.energies, found.layout.shapes, steps)
+    return found

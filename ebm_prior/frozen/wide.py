@@ -1,0 +1,234 @@
+"""Energies of equal shape as one wide network, with what does not change in a chain done once.
+
+n networks of the same shape become one whose layers are batches of n matrices or convolutions of n
+groups; inside, the n maps stand one behind the other in the batch, the first network's first.
+Spectral norm is evaluated and the part that sees t is run once per chain. In train mode,
+where every call advances spectral norm (contract, networks.md), both happen in every call, as in
+the networks themselves.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ebm_prior.energy import Energy, EnergyNets, time_embedding
+from ebm_prior.frozen.convolution import Convolution, Product
+from ebm_prior.spectral_norm import SpectralNorm, power_iteration
+from ebm_prior.steps import Steps
+
+
+class WideEnergies(EnergyNets):
+    """The same networks, evaluated side by side where no parameter wants a gradient.
+
+    They are shared, not copied: state dict, parameters and modes are those of the networks given.
+    Where a parameter wants a gradient the networks themselves are called.
+
+    Args:
+        nets: see `EnergyNets`.
+        shapes: of the layers' z.
+        steps: `once` and `group` are of interest here.
+    """
+
+    def __init__(self, nets: EnergyNets, shapes: Sequence[tuple[int, ...]], steps: Steps) -> None:
+        super().__init__(nets.children())
+        self.train(nets.training)
+        self.shapes, self.steps = tuple(shapes), steps
+        self._groups: list[Group] | None = None
+        self._read: Any = None  # what the wide copies were made of
+
+    def forward(self, z: Sequence[Tensor], t: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
+            return super().forward(z, t)
+        return self.at(t)(z)
+
+    def at(self, t: Tensor) -> Columns:
+        """The function z -> `self(z, t)` for the many calls of a chain."""
+        with torch.no_grad():
+            groups = self._refreshed()
+            embedding = time_embedding(t).to(groups[0].weight.dtype)
+            return Columns(groups, embedding, every_call=not self.steps.once or self._advancing)
+
+    @property
+    def _advancing(self) -> bool:
+        return any(m.training for m in self.modules() if isinstance(m, SpectralNorm))
+
+    def _refreshed(self) -> list[Group]:
+        """The wide copies, made anew if the weights are others by now."""
+        device = next(self.parameters()).device
+        if self._groups is None or self._groups[0].weight.device != device:
+            self._groups, self._read = self._grouped(), None
+        tensors = [*self.parameters(), *self.buffers()]
+        now = [(x.data_ptr(), x._version) for x in tensors]
+        # In training some optimisers write past the versions: then never twice the same copy.
+        if self.training or now != self._read:
+            for group in self._groups:
+                group.read()
+            self._read = None if self.training else now
+        return self._groups
+
+    def _grouped(self) -> list[Group]:
+        alike: dict[Any, list[int]] = {}
+        for i, net in enumerate(self.children()):
+            shapes = tuple((name, tuple(x.shape)) for name, x in net.state_dict().items())
+            alone = None if self.steps.group else i
+            alike.setdefault((type(net), self.shapes[i], shapes, alone), []).append(i)
+        return [Group([self.layer(i) for i in which], which) for which in alike.values()]
+
+
+class Columns:
+    """The function z -> what the networks give at t, (B, columns), on the wide copies.
+
+    Args:
+        embedding: of t, (B, 128).
+        every_call: evaluate spectral norm and the part that sees t in every call.
+    """
+
+    def __init__(self, groups: list[Group], embedding: Tensor, every_call: bool) -> None:
+        self.groups, self.embedding, self.every_call = groups, embedding, every_call
+        self.timed = [] if every_call else [group.timed(embedding) for group in groups]
+
+    def tensors(self) -> list[Tensor]:
+        """What differs from chain to chain; the wide weights are written in place."""
+        return [self.embedding, *(part for parts in self.timed for part in parts)]
+
+    def __call__(self, z: Sequence[Tensor]) -> Tensor:
+        columns: dict[int, Tensor] = {}
+        for number, group in enumerate(self.groups):
+            if self.every_call:
+                with torch.no_grad():
+                    group.normalise()
+                    timed = group.timed(self.embedding)
+            else:
+                timed = self.timed[number]
+            found = group.f(torch.cat([z[i] for i in group.which]), timed)
+            columns.update(zip(group.which, found.chunk(len(group.which)), strict=True))
+        return torch.cat([columns[i] for i in sorted(columns)], dim=1)
+
+
+class Group:
+    """Networks of equal shape as one.
+
+    Args:
+        nets: the networks, whose weights are read by `read`.
+        which: the layers that they are of.
+    """
+
+    def __init__(self, nets: Sequence[nn.Module], which: Sequence[int]) -> None:
+        self.which = list(which)
+        net = copy.deepcopy(nets[0]).requires_grad_(False)
+        assert isinstance(net, Energy)
+        self.layers: list[Wide] = []
+        for name, module in list(net.named_modules()):
+            kind = {nn.Linear: WideLinear, nn.Conv2d: WideConv2d}
+            wide = next((w for plain, w in kind.items() if isinstance(module, plain)), None)
+            if wide is not None:
+                self.layers.append(wide([each.get_submodule(name) for each in nets]))
+                net.set_submodule(name, self.layers[-1])
+        self.net, self.f = net, net.f
+
+    @property
+    def weight(self) -> Tensor:
+        """Any of its weights: it tells device and precision."""
+        return self.layers[0].weight
+
+    def read(self) -> None:
+        for layer in self.layers:
+            layer.read()
+
+    def normalise(self) -> None:
+        for layer in self.layers:
+            layer.normalise()
+
+    def timed(self, embedding: Tensor) -> list[Tensor]:
+        return self.net.timed(embedding.repeat(len(self.which), 1))
+
+
+class Wide(nn.Module):
+    """Layers of equal shape side by side; weight (n, out, in) with `in` times the kernel's size.
+
+    The tensors stay where they are when they are read again: a captured graph keeps their place.
+    """
+
+    def __init__(self, layers: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self._layers: tuple[Any, ...] = tuple(layers)  # a tuple hides them from registration
+        self.normalised = isinstance(layers[0], SpectralNorm)
+        self.kernel = self._source(layers[0]).shape[2:]
+        self.weight = self._stacked([self._source(layer) for layer in layers])
+        self.raw = torch.empty_like(self.weight) if self.normalised else self.weight
+        self.bias: Tensor | None = None
+        if self._layers[0].bias is not None:
+            self.bias = self._stacked([layer.bias for layer in layers])
+        if self.normalised:
+            self.u = torch.stack([layer.weight_u for layer in self._layers])
+            self.v = torch.stack([layer.weight_v for layer in self._layers])
+
+    @staticmethod
+    def _source(layer: Any) -> Tensor:
+        return layer.weight_orig if isinstance(layer, SpectralNorm) else layer.weight
+
+    @staticmethod
+    def _stacked(tensors: Sequence[Any]) -> Tensor:
+        return torch.stack([x.detach().flatten(1) if x.ndim > 1 else x.detach() for x in tensors])
+
+    def read(self) -> None:
+        """Take the layers' weights, and normalise them with the vectors as they are."""
+        self.raw.copy_(self._stacked([self._source(layer) for layer in self._layers]))
+        if self.bias is not None:
+            self.bias.copy_(self._stacked([layer.bias for layer in self._layers]))
+        if self.normalised:
+            torch.stack([layer.weight_u for layer in self._layers], out=self.u)
+            torch.stack([layer.weight_v for layer in self._layers], out=self.v)
+            self._divide()
+
+    def normalise(self) -> None:
+        """What a call of the layers does before it uses their weights."""
+        if not self.normalised:
+            return
+        if self._layers[0].training:
+            u, v = power_iteration(self.raw, self.u)
+            self.u.copy_(u)
+            self.v.copy_(v)
+            buffers = [x for each in self._layers for x in (each.weight_u, each.weight_v)]
+            torch._foreach_copy_(buffers, [x for pair in zip(u, v, strict=True) for x in pair])
+        self._divide()
+
+    def _divide(self) -> None:
+        sigma = self.u.unsqueeze(1) @ self.raw @ self.v.unsqueeze(2)
+        torch.div(self.raw, sigma, out=self.weight)
+
+
+class WideLinear(Wide):
+    """(n B, in) -> (n B, out): a batch of n matrix products."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, matrices = x.unflatten(0, (len(self.weight), -1)), self.weight.transpose(1, 2)
+        if self.bias is None:
+            return (x @ matrices).flatten(0, 1)
+        return torch.baddbmm(self.bias.unsqueeze(1), x, matrices).flatten(0, 1)
+
+
+class WideConv2d(Wide):
+    """(n B, in, H, W) -> (n B, out, H', W'): n convolutions.
+
+    As one of n groups, or as a batch of products of all windows with the kernels: the latter on a
+    CPU where the kernels are the larger part, which a convolution would rearrange in each call.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        like = self._layers[0]
+        assert like.groups == 1
+        assert set(like.dilation) == {1}
+        weight = self.weight.unflatten(2, (-1, *self.kernel))
+        n, out = weight.shape[:2]
+        sides = zip(x.shape[2:], self.kernel, like.stride, like.padding, strict=True)
+        pixels = math.prod((side + 2 * p - k) // s + 1 for side, k, s, p in sides)
+        product = x.device.type == "cpu" and len(x) // n * pixels <= out
+        how = Product if product else Convolution
+        return how.apply(x, weight, self.bias, like.stride, like.padding)

@@ -169,8 +169,14 @@ def test_the_part_that_sees_t_runs_once_per_chain(u, monkeypatch):
 
 @pytest.mark.parametrize(
     ("kernel", "stride", "side"),
-    [((3, 3), (1, 1), 8), ((4, 4), (2, 2), 8), ((4, 3), (2, 1), 8), ((3, 3), (2, 2), 7)]
-    + [((3, 3), (2, 2), 8), ((3, 3), (2, 1), 5)],
+    [
+        ((3, 3), (1, 1), 8),
+        ((4, 4), (2, 2), 8),
+        ((4, 3), (2, 1), 8),
+        ((3, 3), (2, 2), 7),
+        ((3, 3), (2, 2), 8),
+        ((3, 3), (2, 1), 5),
+    ],
 )
 @pytest.mark.parametrize("way", [Convolution, Product])
 def test_convolutions_side_by_side_are_pytorchs(way, kernel, stride, side, generator):

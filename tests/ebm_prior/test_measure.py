@@ -182,7 +182,9 @@ def test_figures_are_written_and_show_what_they_are_given(tmp_path, generator):
     figures.bars(tmp_path / "bars.png", rows, ylabel="distance", title="rows")
     names = ["even", "odd"]
     figures.heatmap(tmp_path / "heat.png", [[5, 1], [0, 7]], names, names, title="confusion")
-    for name in ("lines", "histograms", "bars", "heat"):
+    beside = {"s": {"x": (2.0, 1.0, 3.0, "2 s")}, "MB": {"x": (5.0, 5.0, 5.0, "5")}}
+    figures.bar_panels(tmp_path / "panels.png", beside, title="panels")
+    for name in ("lines", "histograms", "bars", "heat", "panels"):
         found = pixels(tmp_path / f"{name}.png")
         assert min(found.shape[:2]) > 250, name
         assert len(np.unique(found.reshape(-1, 3), axis=0)) > 20, name

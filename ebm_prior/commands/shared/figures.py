@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 Values = Any  # a tensor, an array or a sequence of numbers
 Path = str | os.PathLike[str]
+#: Label -> value, lower and upper end of its range, what to write beside the bar.
+Bars = dict[str, tuple[float, float, float, str]]
 
 # Okabe and Ito's palette, told apart with any kind of colour vision; marks repeat the message.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -98,10 +100,32 @@ def bars(
     title: str,
 ) -> None:
     """A bar per label, from the top down, with its number; (value, low, high) adds a range."""
-    triples = [v if isinstance(v, tuple) else (v, v, v) for v in values.values()]
-    middle, low, high = (np.array(part, dtype=float) for part in zip(*triples, strict=True))
+    triples = {k: v if isinstance(v, tuple) else (v, v, v) for k, v in values.items()}
     figure, (axes,) = _figure(1, title, height=1.4 + 0.42 * len(triples))
-    places = np.arange(len(triples))
+    _draw_bars(axes, {label: (*triple, f"{triple[0]:.4g}") for label, triple in triples.items()})
+    axes.set_xlabel(ylabel)
+    _save(path, figure)
+
+
+def bar_panels(path: Path, panels: Mapping[str, Bars], *, title: str) -> None:
+    """Bars side by side, each panel with a scale of its own: panel title -> its bars."""
+    longest = max((len(bars) for bars in panels.values()), default=0)
+    rows = math.ceil(len(panels) / 3)
+    height = 0.8 + rows * (1.0 + 0.42 * longest)
+    figure, all_axes = _figure(len(panels), title, height=height)
+    for axes, (name, bars) in zip(all_axes, panels.items(), strict=True):
+        _draw_bars(axes, bars)
+        axes.set_title(name, fontsize="medium")
+        axes.margins(x=0.3)
+    _save(path, figure)
+
+
+def _draw_bars(axes: Axes, bars: Bars) -> None:
+    """A bar per label, from the top down."""
+    middle, low, high = (
+        np.array([bar[i] for bar in bars.values()], dtype=float) for i in range(3)
+    )
+    places = np.arange(len(bars))
     axes.barh(places, middle, color=COLOURS[0], alpha=0.85)
     spread = high > low
     if spread.any():
@@ -109,15 +133,13 @@ def bars(
         axes.errorbar(
             middle[spread], places[spread], xerr=reach, fmt="none", ecolor="black", capsize=3
         )
-    for place, (value, _, top) in zip(places, triples, strict=True):
+    for place, (value, _, top, note) in zip(places, bars.values(), strict=True):
         at = max(value, top, 0.0)
-        axes.annotate(f"{value:.4g}", (at, place), (4, 0), textcoords="offset points", va="center")
-    axes.set_yticks(places, list(values))
+        axes.annotate(note, (at, place), (4, 0), textcoords="offset points", va="center")
+    axes.set_yticks(places, list(bars))
     axes.invert_yaxis()
     axes.margins(x=0.15)
-    axes.set_xlabel(ylabel)
     axes.grid(axis="x", alpha=0.3)
-    _save(path, figure)
 
 
 def heatmap(

@@ -12,8 +12,10 @@ import pytest
 ROOT = Path(__file__).parent.parent.parent
 EDGES = ("commands/", "backbones/", "attach")
 # Who knows that there is an NVAE or an HVAE: their adapters, what is put into an NVAE or trains an
-# HVAE, and the demo, which is of one NVAE.
-KNOW_THE_BACKBONE = ("backbones/", "attach", "commands/train_hvae/", "commands/demo/")
+# HVAE, and the demo and the bench, which are of certain NVAEs.
+KNOW_THE_BACKBONE = (
+    *("backbones/", "attach", "commands/train_hvae/", "commands/demo/", "commands/bench/"),
+)
 BACKBONES = (
     "ebm_prior.backbones.nvae",
     "ebm_prior.backbones.hvae",

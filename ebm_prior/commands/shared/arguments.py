@@ -38,14 +38,20 @@ def add_data(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_running(parser: argparse.ArgumentParser, batch_size: int = 100) -> None:
-    """`--batch_size`, `--seed`, `--device` and `--dry_run`."""
+def add_running(
+    parser: argparse.ArgumentParser, batch_size: int | None = 100, told: str = "%(default)s"
+) -> None:
+    """`--batch_size`, `--seed`, `--device` and `--dry_run`.
+
+    Args:
+        told: what the help says of the default batch size.
+    """
     parser.add_argument(
         "--batch_size",
         type=int,
         metavar="N",
         default=batch_size,
-        help="images at once; fewer need less memory (%(default)s)",
+        help=f"images at once; fewer need less memory ({told})",
     )
     parser.add_argument("--seed", type=int, default=0, help="of all that is drawn (%(default)s)")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N (%(default)s)")

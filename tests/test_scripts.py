@@ -169,6 +169,14 @@ def test_several_machines_need_an_address_and_pass_it_on(run):
     assert option(shown, "--rdzv_id") == "x"
 
 
+def test_the_bench_for_a_gpu_is_of_the_published_shapes(run):
+    told = run(ROOT / "scripts/bench_gpu.sh", "--batch_size", "4", OUT="run")
+    assert told.returncode == 0, told.stderr
+    assert told.stdout.startswith("-m|ebm_prior|bench|--device|cuda|--shapes|a|b|")
+    assert told.stdout.endswith("--out|run|--batch_size|4|")
+    assert "OUT is not set" in run(ROOT / "scripts/bench_gpu.sh").stderr
+
+
 def test_a_python_that_has_pytorch_is_used_as_it_is(run):
     told = run(ROOT / "scripts/demo.sh", "--out", "here")
     assert told.stdout == "-m|ebm_prior|demo|--out|here|"

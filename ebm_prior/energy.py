@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ebm_prior.coupling import Coupling
-from ebm_prior.spectral_norm import SNConv2d, SNLinear
+from ebm_prior.spectral_norm import SNConv2d, SNLinear, in_shares
 
 if TYPE_CHECKING:
     from ebm_prior.config import PriorConfig
@@ -358,3 +358,12 @@ class EnergyNets(nn.Module):
         """z: one (B, \\*shape) per layer, t (B,) -> the f_i, (B, L); more columns if coupled."""
         nets = self.children()
         return torch.cat([net(part, t) for net, part in zip(nets, z, strict=True)], dim=1)
+
+    def pair(self, z: Sequence[Tensor], t: Tensor) -> tuple[Tensor, Tensor]:
+        """What two calls give, the first on the first half of z (2B, \\*shape), in one call.
+
+        Spectral norm advances twice, as in two calls. t (B,) is that of both halves.
+        """
+        with in_shares(self, 2):
+            first, second = self(z, torch.cat([t, t])).chunk(2)
+        return first, second

@@ -24,6 +24,7 @@ from ebm_prior.base import LossInfo, Prior, frozen, in_mode, plain_numbers
 from ebm_prior.config import PriorConfig
 from ebm_prior.energy import EnergyNets
 from ebm_prior.moments import ancestral, with_moments
+from ebm_prior.spectral_norm import in_shares
 
 PURPOSE = "the noise-contrastive prior"
 CHUNK = 16  # proposals evaluated at once
@@ -187,9 +188,10 @@ class NCPPrior(Prior):
         moments = self.moments(positive)
         parts = zip(moments, self.layout.split(noise), strict=True)
         negative = [m.mean + m.std * part for m, part in parts]
-        with in_mode(self.classifiers, training=True):
-            f_positive = self.logits(positive, moments)
-            f_negative = self.logits(negative, moments)
+        both = [torch.cat(pair) for pair in zip(positive, negative, strict=True)]
+        contexts = [m._replace(h=None if m.h is None else torch.cat([m.h, m.h])) for m in moments]
+        with in_mode(self.classifiers, training=True), in_shares(self.classifiers, 2):
+            f_positive, f_negative = self.logits(both, contexts).chunk(2)
         terms = F.softplus(-f_positive) + F.softplus(f_negative)
         if squared_penalty:
             terms = terms + squared_penalty * (f_positive.square() + f_negative.square())

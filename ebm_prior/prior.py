@@ -340,8 +340,8 @@ class EBMPrior(Prior):
     ) -> tuple[Tensor, LossInfo]:
         """One training step's loss for posterior draws u, (B, D) (paper, Algorithm 1).
 
-        Train mode throughout, the chain included: every network is called K + 2 times, and each
-        call advances its spectral norm. The further arguments are those of `contrast`.
+        Train mode throughout, the chain included: spectral norm advances K + 2 times, once for
+        each step, for u+ and for u-. The further arguments are those of `contrast`.
         """
         if labels is not None:
             self.coupling.check_labels(labels, len(u))
@@ -391,10 +391,10 @@ class EBMPrior(Prior):
             label_weight: lambda.
         """
         with torch.no_grad():
-            z_positive, z_negative = map(self.backbone.to_z, (positive, negative))
-        columns = self.energies(z_positive, t)
+            z = self.backbone.to_z(torch.cat([positive, negative]))
+        columns, columns_negative = self.energies.pair(z, t)
         f_positive = self.coupling.total(columns)
-        f_negative = self.coupling.total(self.energies(z_negative, t))
+        f_negative = self.coupling.total(columns_negative)
         contrast = f_negative - f_positive
         if squared_penalty:
             contrast = contrast + squared_penalty * (f_negative.square() + f_positive.square())

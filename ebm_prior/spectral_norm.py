@@ -6,6 +6,8 @@ checkpoints of the reference and its training trajectories need this one (contra
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -37,8 +39,12 @@ class SpectralNorm(nn.Module):
     fresh layer has an arbitrary scale, even sign, until some train-mode forwards were run.
 
     `weight_orig`, `weight_u` and `weight_v` are names of the file format.
+
+    Attributes:
+        shares: calls that a call in train mode stands for, see `in_shares`.
     """
 
+    shares = 1
     weight_orig: nn.Parameter
     weight_u: Tensor
     weight_v: Tensor
@@ -55,6 +61,9 @@ class SpectralNorm(nn.Module):
 
     def normalised_weight(self) -> Tensor:
         """W / sigma; in train mode after one power iteration."""
+        return self.weight_orig / self._sigma()
+
+    def _sigma(self) -> Tensor:
         matrix = self.weight_orig.flatten(1)
         u, v = self.weight_u, self.weight_v
         if self.training:
@@ -65,7 +74,37 @@ class SpectralNorm(nn.Module):
                 # forward must not overwrite what this one's backward still needs.
                 self.weight_u.copy_(u)
                 self.weight_v.copy_(v)
-        return self.weight_orig / u.dot(matrix.mv(v))
+        return u.dot(matrix.mv(v))
+
+    @property
+    def _several(self) -> bool:
+        return self.training and self.shares > 1
+
+    def _scaled(self, y: Tensor) -> Tensor:
+        """What the bare W makes of a batch, each share of its rows divided by a sigma of its own.
+
+        The layer is linear, so that x (W / sigma) = (x W) / sigma.
+        """
+        sigmas = torch.stack([self._sigma() for _ in range(self.shares)])
+        rows = sigmas.repeat_interleave(len(y) // self.shares, output_size=len(y))
+        return y / rows.view(-1, *(1,) * (y.ndim - 1))
+
+
+@contextlib.contextmanager
+def in_shares(module: nn.Module, shares: int) -> Iterator[None]:
+    """Inside, a call of the module in train mode is to spectral norm what `shares` calls are.
+
+    Each equal share of the batch, in the order of its rows, has the weights that a call of its own
+    would have, and u and v advance as often.
+    """
+    layers = [layer for layer in module.modules() if isinstance(layer, SpectralNorm)]
+    try:
+        for layer in layers:
+            layer.shares = shares
+        yield
+    finally:
+        for layer in layers:
+            layer.shares = 1
 
 
 class SNLinear(SpectralNorm, nn.Linear):
@@ -76,6 +115,9 @@ class SNLinear(SpectralNorm, nn.Linear):
         self.normalise()
 
     def forward(self, input: Tensor) -> Tensor:
+        if self._several:
+            y = self._scaled(F.linear(input, self.weight_orig))
+            return y if self.bias is None else y + self.bias
         return F.linear(input, self.normalised_weight(), self.bias)
 
 
@@ -87,4 +129,7 @@ class SNConv2d(SpectralNorm, nn.Conv2d):
         self.normalise()
 
     def forward(self, input: Tensor) -> Tensor:
+        if self._several:
+            y = self._scaled(self._conv_forward(input, self.weight_orig, None))
+            return y if self.bias is None else y + self.bias[:, None, None]
         return self._conv_forward(input, self.normalised_weight(), self.bias)

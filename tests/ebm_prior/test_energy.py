@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from torch.nn.functional import normalize, silu
@@ -16,7 +18,7 @@ from ebm_prior.energy import (
     halvings,
     time_embedding,
 )
-from ebm_prior.spectral_norm import SNConv2d, SNLinear
+from ebm_prior.spectral_norm import SNConv2d, SNLinear, in_shares
 
 PUBLISHED = {  # contract, networks.md: trainable / spectral norm buffers, 20 channels
     (ResidualEnergy, 128): {
@@ -151,3 +153,44 @@ def test_two_training_forwards_can_share_one_backward():
     layer = SNLinear(3, 2)
     (layer(torch.ones(1, 3)) + layer(torch.ones(1, 3))).sum().backward()
     assert layer.weight_orig.grad is not None
+
+
+@pytest.mark.parametrize("spectral_norm", [True, False])
+@pytest.mark.parametrize("network", ["residual", "conv", "mlp", "map"])
+def test_a_pair_in_one_call_is_two_calls_with_their_gradients_and_power_iterations(
+    network, spectral_norm, generator
+):
+    shapes = ((2, 4, 4), (3, 8, 8))
+    config = PriorConfig(shapes, network=network, width=4, spectral_norm=spectral_norm)
+    torch.manual_seed(5)
+    batched = EnergyNets.build(config).double().train()
+    plain = copy.deepcopy(batched)
+    z = [torch.randn(6, *s, generator=generator).double().requires_grad_() for s in shapes]
+    t = torch.tensor([0, 1, 2])
+    weights = torch.randn(2, 3, 2, generator=generator).double()
+    found = torch.stack(batched.pair(z, t))
+    halves = zip(*(part.chunk(2) for part in z), strict=True)
+    expected = torch.stack([plain(half, t) for half in halves])
+    torch.testing.assert_close(found, expected)
+    gradients = [
+        torch.autograd.grad((weights * f).sum(), [*z, *nets.parameters()])
+        for f, nets in ((found, batched), (expected, plain))
+    ]
+    for ours, theirs in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, theirs)
+    for ours, theirs in zip(batched.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize("layer", [SNLinear(6, 4, bias=True), SNConv2d(2, 4, 3, padding=1)])
+def test_a_call_in_shares_advances_spectral_norm_once_for_each_and_eval_never(layer):
+    x = torch.randn(4, 6) if isinstance(layer, SNLinear) else torch.randn(4, 2, 5, 5)
+    plain = copy.deepcopy(layer)
+    with in_shares(layer, 2):
+        found = layer(x)
+    torch.testing.assert_close(found, torch.cat([plain(half) for half in x.chunk(2)]))
+    assert all(map(torch.equal, layer.buffers(), plain.buffers()))
+    layer.eval()
+    with in_shares(layer, 2):
+        torch.testing.assert_close(layer(x), plain.eval()(x))
+    assert all(map(torch.equal, layer.buffers(), plain.buffers()))

@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.nn.functional import softplus
 
 from ebm_prior import checkpoint, ncp
 from ebm_prior.backbones.nvae import NVAEBackbone
@@ -182,7 +183,8 @@ def test_both_classes_of_a_layer_see_the_posteriors_context(context, generator):
     prior.classifiers = ncp.EnergyNets(Recorder() for _ in range(2))
     u = 3 + normal(5, 5, generator=generator)
     prior.loss(u, generator=generator)
-    (top, top_negative), (low, low_negative) = (net.given for net in prior.classifiers.children())
+    nets = prior.classifiers.children()
+    (top, top_negative), (low, low_negative) = (net.given[0].chunk(2) for net in nets)
     z = toy.to_z(u)
     assert torch.equal(top, z[0])
     assert (top_negative != top).all()
@@ -192,6 +194,29 @@ def test_both_classes_of_a_layer_see_the_posteriors_context(context, generator):
     else:
         assert torch.equal(low, z[1])
     assert (low[:, :3] != low_negative[:, :3]).all()
+
+
+def test_the_loss_is_what_two_calls_of_normalised_classifiers_give(generator):
+    toy = LinearGaussian((2, 3))
+    prior = make(toy, spectral_norm=True).double()
+    plain = copy.deepcopy(prior)
+    u = normal(6, 5, generator=generator)
+    noise = normal(6, 5, generator=generator.clone_state())
+    loss, _ = prior.loss(u, generator=generator)
+    loss.backward()
+    z = toy.to_z(u)
+    moments = prior.moments(z)
+    parts = zip(moments, toy.layout.split(noise), strict=True)
+    negative = [m.mean + m.std * part for m, part in parts]
+    plain.classifiers.train()
+    f_positive, f_negative = plain.logits(z, moments), plain.logits(negative, moments)
+    expected = (softplus(-f_positive) + softplus(f_negative)).mean(0).sum()
+    expected.backward()
+    torch.testing.assert_close(loss, expected)
+    for ours, theirs in zip(prior.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad)
+    for ours, theirs in zip(prior.buffers(), plain.buffers(), strict=True):
+        torch.testing.assert_close(ours, theirs)
 
 
 def test_a_context_tells_what_a_layer_alone_cannot(generator):

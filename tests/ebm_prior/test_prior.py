@@ -272,7 +272,7 @@ def test_equal_positives_and_negatives_teach_nothing(generator):
     u = torch.randn(6, 5, generator=generator)
     loss, _ = prior.contrast(u, u, torch.tensor([0, 1, 2] * 2))
     loss.backward()
-    assert loss == 0
+    assert abs(loss) < 1e-6
     assert all(p.grad.abs().max() < 1e-6 for p in prior.energies.parameters())
 
 

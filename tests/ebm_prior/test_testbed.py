@@ -195,6 +195,9 @@ class Exponential(torch.nn.Module):
         u = z[0]
         return (u @ self.eta - 0.5 * (u * (u @ self.B)).sum(1)).unsqueeze(1)
 
+    def pair(self, z, t):
+        return self(z, t).chunk(2)
+
 
 @pytest.mark.parametrize("t", [0, 1, 2])
 def test_the_gradient_vanishes_at_the_optimum_and_points_back_to_it(t, generator):

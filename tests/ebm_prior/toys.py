@@ -171,6 +171,11 @@ class Energies(nn.Module):
     def at(self, t):
         return lambda z: self(z, t)
 
+    def pair(self, z, t):
+        halves = zip(*(part.chunk(2) for part in z), strict=True)
+        first, second = (self(half, t) for half in halves)
+        return first, second
+
     def forward(self, z, t):
         self.calls += 1
         return self.function(z, t) + 0 * self.weight + 0 * z[0].flatten(1)[:, :1]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -21,7 +20,7 @@ from ebm_prior.files import written_whole
 from ebm_prior.fingerprint import backbone_fingerprint
 from ebm_prior.langevin import standard_normal
 from ebm_prior.seeds import seeded
-from ebm_prior.training import apex, run_state
+from ebm_prior.training import adam, run_state
 from ebm_prior.training.ema import Average
 from ebm_prior.training.guard import MEMORY, Guard, Limits, Measured
 from ebm_prior.training.interrupt import Interrupt
@@ -108,12 +107,9 @@ class Trainer:
         }
         self.generator = seeded(self.device, settings.seed, parallel.rank())
         parallel.broadcast(prior.learned)
-        # One Adam over all layers computes what the reference's one per layer does.
-        make: Callable[..., torch.optim.Optimizer] = (
-            apex.adam if settings.optimizer == "apex_adam" else torch.optim.Adam
-        )
-        self.optimizer = make(
+        self.optimizer = adam.make(
             prior.learned.parameters(),
+            name=settings.optimizer,
             lr=settings.lr,
             betas=(settings.beta1, settings.beta2),
             weight_decay=settings.weight_decay,
@@ -216,6 +212,7 @@ class Trainer:
         self.block = len(x)
         for group in self.optimizer.param_groups:
             group["lr"] = self._lr
+        self.optimizer.zero_grad()  # before the chain, which is where memory is short
         u = self.prior.backbone.infer(x.to(self.device, non_blocking=True), self.generator)
         supervised: dict[str, Any] = {}
         if labels is not None:
@@ -227,12 +224,10 @@ class Trainer:
             squared_penalty=self.settings.squared_penalty,
             **supervised,
         )
-        self.optimizer.zero_grad()
         loss.backward()
         parallel.average_gradients(self.prior.learned)
-        gradient = torch.nn.utils.clip_grad_norm_(
-            self.prior.learned.parameters(), self.settings.grad_clip or math.inf
-        )
+        parameters = self.prior.learned.parameters()
+        gradient = adam.gradient_norm(parameters, self.settings.grad_clip)
         worst = info.layer_loss.abs().max()
         signal = torch.tensor(float(asked), device=self.device)
         lost = ~u.isfinite().all()
@@ -241,7 +236,7 @@ class Trainer:
         numbers = torch.stack(
             [value.float() for value in (*means, worst, signal, lost, *info.classified)]
         )
-        every = parallel.gather(numbers)
+        every = parallel.gather(numbers).cpu()  # the step's one wait for the device
         worst_layer, asked, lost_somewhere = every[:, len(means) : -2].amax(0).tolist()
         if lost_somewhere:
             raise ValueError(

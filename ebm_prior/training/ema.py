@@ -22,9 +22,8 @@ class Average:
 
     @torch.no_grad()
     def update(self) -> None:
-        live = dict(self.module.named_parameters())
-        for name, average in self.shadow.items():
-            average.lerp_(live[name], 1 - self.decay)
+        live: list[Tensor] = list(self.module.parameters())
+        torch._foreach_lerp_(list(self.shadow.values()), live, 1 - self.decay)
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:

@@ -53,6 +53,7 @@ setup(
             "ruff==0.17.5",
             "mypy==2.4.1",
             "pytest==9.2.0",
+            "pytest-xdist==3.8.0",
             "pre-commit==4.7.0",
         ],
     },

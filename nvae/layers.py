@@ -42,8 +42,8 @@ class Conv2d(nn.Conv2d):
 
     @torch.no_grad()
     def initial_log_norm(self) -> Tensor:
-        if self.weight.is_meta:  # values will come from a file
-            return self.weight.new_empty(len(self.weight), 1, 1, 1)
+        if self.kernel.is_meta:  # values will come from a file
+            return self.kernel.new_empty(self.out_channels, 1, 1, 1)
         norm = torch.linalg.vector_norm(self.kernel, dim=(1, 2, 3), keepdim=True)
         return (norm + 1e-2).log()
 

@@ -4,6 +4,7 @@
 #
 #   bash scripts/test.sh                   everything but the tests marked slow, gpu, weights
 #   bash scripts/test.sh -k golden         arguments go to pytest
+#   bash scripts/test.sh -n 0              in one process; by default one per core, eight at most
 #   GOLDENS=dir1:dir2 bash scripts/test.sh     further golden folders
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
@@ -12,4 +13,9 @@ own_python test
 
 bash "$root/scripts/check.sh"
 cd "$root"
-exec "$python" -m pytest "$@"
+several=()
+if "$python" -c 'import xdist' 2>/dev/null; then  # an environment of your own may lack it
+    # A worker runs neighbours, which share fixtures, and helps the others when it is done.
+    several=(-n auto --maxprocesses 8 --dist worksteal)
+fi
+exec "$python" -m pytest ${several[@]+"${several[@]}"} "$@"

@@ -9,9 +9,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
+
 import torch
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -38,6 +42,12 @@ def golden_files(pattern: str) -> list[Path]:
     """Golden files by name, e.g. ``net_*.npz``; a name that occurs twice is taken once."""
     found = {f.name: f for r in golden_roots() for f in sorted(r.glob(pattern))}
     return [found[name] for name in sorted(found)]
+
+
+def needs_digits() -> None:
+    """Skip what needs scikit-learn's images, without a second for the import of scikit-learn."""
+    if find_spec("sklearn") is None:
+        pytest.skip("the digits come with scikit-learn", allow_module_level=True)
 
 
 @pytest.fixture

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import ebm_prior
-from ebm_prior import checkpoint
+from ebm_prior import checkpoint, parallel
 from ebm_prior.backbones.nvae import NVAEBackbone
 from ebm_prior.commands import COMMANDS, main
 from ebm_prior.presets import PRESETS
@@ -23,9 +23,12 @@ from ebm_prior.training import run_state
 from nvae import checkpoint as nvae_checkpoint
 from nvae import data, runtime
 from nvae.digest import sha256
+from tests.conftest import needs_digits
 from tests.ebm_prior import small_vaes
+from tests.ebm_prior.test_trainer import trainer
+from tests.processes import together
 
-pytest.importorskip("sklearn")
+needs_digits()
 ROOT = Path(__file__).parent.parent.parent
 CHEAP = [
     *("--preset", "digits", "--width", "8", "--num_steps", "2", "--batch_size", "16"),
@@ -278,65 +281,46 @@ def test_bad_sampling_flags_are_one_line(run, vae_file, tmp_path, capsys, flags,
 
 # --- several processes, and the entry
 
-TWO = """
-import contextlib
-import sys
-import torch
-from ebm_prior import parallel
-from ebm_prior.commands import main
-from nvae import runtime
-from tests.ebm_prior.test_commands import CHEAP
-from tests.ebm_prior.test_trainer import trainer
-
-vae, run, out = sys.argv[1:]
-torch.set_num_threads(1)
-with runtime.started("cpu") as here:
-    layer = torch.nn.Linear(1, 1, bias=False)
-    (layer.weight.sum() * (1 + here.rank)).backward()
-    parallel.average_gradients(layer)
-    assert layer.weight.grad.item() == 1.5
-
-    training = trainer(out + "/toy", ema=0.9, prior={"spectral_norm": True})
-    drawn = parallel.gather(torch.randn(4, generator=training.generator))
-    assert not torch.equal(drawn[0], drawn[1]), "the processes draw the same noise"
-    assert training.run().done
-    assert parallel.alike(training.prior.energies)
-    with torch.no_grad():
-        next(training.prior.energies.parameters()).add_(here.rank)
-    assert not parallel.alike(training.prior.energies)
-
-    # The commands join the group that is there: joining it anew needs other processes.
-    runtime.started = lambda device: contextlib.nullcontext(here)
-    flags = ["--checkpoint", vae, "--device", "cpu"]
-    assert main(["train", *flags, *CHEAP, "--out", out + "/run", "--iterations", "2",
-                 "--bn_readjust", "--bn_iterations", "2"]) == 0
-    assert main(["sample", *flags, "--prior", run + "/prior.safetensors", "--out", out + "/two",
-                 "--num_samples", "7", "--batch_size", "2"]) == 0
-"""
+SEVEN = ["--num_samples", "7", "--batch_size", "2"]
 
 
-def test_two_processes_train_one_prior_and_draw_the_images_of_one(run, vae_file, tmp_path):
-    (tmp_path / "two.py").write_text(TWO)
-    told = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc_per_node", "2", str(tmp_path / "two.py")),
-            *map(str, (vae_file, run, tmp_path)),
-        ],
-        cwd=ROOT,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert told.returncode == 0, told.stderr[-3000:]
-    assert "drifted apart" not in told.stderr
+def _train_a_toy(rank, out):
+    with runtime.started("cpu"):
+        training = trainer(out, ema=0.9, prior={"spectral_norm": True})
+        drawn = parallel.gather(torch.randn(4, generator=training.generator))
+        assert not torch.equal(drawn[0], drawn[1]), "the processes draw the same noise"
+        assert training.run().done
+        assert parallel.alike(training.prior.energies)
+        with torch.no_grad():
+            next(training.prior.energies.parameters()).add_(rank)
+        assert not parallel.alike(training.prior.energies)
+
+
+def test_two_processes_learn_one_prior_from_noise_of_their_own(tmp_path):
+    together(_train_a_toy, tmp_path)
+
+
+def _train(rank, vae, out):
+    with (out.parent / f"{rank}.txt").open("w") as told, contextlib.redirect_stderr(told):
+        bn = ["--bn_readjust", "--bn_iterations", "2"]
+        assert train(vae, out, "--iterations", "2", *bn) == 0
+
+
+def test_two_processes_train_one_prior(vae_file, tmp_path):
+    together(_train, vae_file, tmp_path / "run")
+    assert "drifted apart" not in (tmp_path / "0.txt").read_text()
     assert (tmp_path / "run" / "prior.safetensors").is_file()
     assert run_state.read(tmp_path / "run")["facts"]["processes"] == 2
     assert len(run_state.read(tmp_path / "run")["rng"]) == 2
-    assert (
-        sample(vae_file, run, tmp_path / "one", *("--num_samples", "7", "--batch_size", "2")) == 0
-    )
+
+
+def _sample(rank, vae, run, out):
+    assert sample(vae, run, out, *SEVEN) == 0
+
+
+def test_two_processes_draw_the_images_of_one(run, vae_file, tmp_path):
+    together(_sample, vae_file, run, tmp_path / "two")
+    assert sample(vae_file, run, tmp_path / "one", *SEVEN) == 0
     one, two = (np.load(tmp_path / name / "samples.npz")["samples"] for name in ("one", "two"))
     np.testing.assert_allclose(one, two, atol=1e-5)
     grids = [(tmp_path / name / "grid.png").read_bytes() for name in ("one", "two")]

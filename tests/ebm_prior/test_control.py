@@ -14,6 +14,7 @@ from ebm_prior.config import PriorConfig
 from ebm_prior.coupling import Attribute
 from ebm_prior.prior import EBMPrior
 from ebm_prior.schedule import Schedule
+from tests.conftest import needs_digits
 from tests.ebm_prior import small_vaes
 from tests.ebm_prior.toys import EightModes, Energies, LinearGaussian
 
@@ -231,7 +232,7 @@ def train(vae_file, out, *flags):
 @pytest.fixture(scope="module")
 def prior_file(vae_file, tmp_path_factory):
     """Parity at the top, loops below: the fewest steps there are."""
-    pytest.importorskip("sklearn")
+    needs_digits()
     out = tmp_path_factory.mktemp("run") / "attributes"
     return train(vae_file, out, "--attribute", "parity:0", "--attribute", "loop:1")
 
@@ -322,7 +323,7 @@ def test_what_cannot_be_sampled_is_one_line(
 
 
 def test_a_prior_without_labels_is_one_line_that_says_how_to_train_one(vae_file, tmp_path, capsys):
-    pytest.importorskip("sklearn")
+    needs_digits()
     plain = train(vae_file, tmp_path / "plain")
     assert run(vae_file, plain, tmp_path / "out") == 2
     assert "`ebm_prior train --attribute NAME:LAYERS`" in capsys.readouterr().err.splitlines()[-1]

@@ -19,6 +19,7 @@ from ebm_prior.commands.doctor import chains
 from ebm_prior.config import PriorConfig
 from ebm_prior.fingerprint import fingerprint
 from ebm_prior.training import apex
+from tests.conftest import needs_digits
 from tests.ebm_prior.small_vaes import prior, vae, written
 
 SMALL_HVAE = HVAEConfig(
@@ -139,7 +140,7 @@ def test_files_that_are_none_are_problems_and_do_not_stop_the_others(tmp_path, d
 def test_data_that_fits_the_checkpoint_is_ok_and_data_that_does_not_is_a_problem(
     tmp_path, diagnose, model
 ):
-    pytest.importorskip("sklearn")
+    needs_digits()
     path = written(tmp_path / "checkpoint.pt", model)
     status, table = diagnose("--checkpoint", path, "--data", tmp_path)
     assert status == 0
@@ -221,7 +222,7 @@ def test_another_kind_of_prior_on_an_hvae_is_looked_at_and_has_no_chains(tmp_pat
 
 
 def test_the_hole_is_a_table_with_advice_a_report_and_a_figure(tmp_path, diagnose, model):
-    pytest.importorskip("sklearn")
+    needs_digits()
     path = written(tmp_path / "checkpoint.pt", model)
     flags = ("--hole", "--hole_steps", "3", "--max_images", "120", "--out", tmp_path / "out")
     status, table = diagnose("--checkpoint", path, *flags)

@@ -15,9 +15,10 @@ from ebm_prior.coupling import Attribute
 from ebm_prior.presets import PRESETS, resolved
 from ebm_prior.training import run_state
 from nvae import checkpoint as nvae_checkpoint
+from tests.conftest import needs_digits
 from tests.ebm_prior import small_vaes
 
-pytest.importorskip("sklearn")
+needs_digits()
 CHEAP = ["--width", "8", "--batch_size", "16", "--log_every", "1", "--device", "cpu"]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +13,7 @@ from nvae import batchnorm
 from nvae.layers import BatchNormSwish, SyncedBatchNorm2d
 from nvae.model import AutoEncoder
 from tests.nvae.small_models import SMALL
+from tests.processes import together
 
 CONFIG = replace(SMALL, num_latent_scales=2, num_groups_per_scale=1)
 
@@ -71,11 +71,7 @@ def test_a_wider_temperature_widens_the_statistics() -> None:
 
 
 def _worker(rank: int, folder: str, device: str) -> None:
-    os.environ["OMP_NUM_THREADS"] = "1"
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
-    )
+    torch.distributed.init_process_group("gloo")
     layer = BatchNormSwish(3).double().to(device)
     # Unequal shares: 4 images here, 2 there.
     x = torch.load(f"{folder}/x.pt")[[slice(0, 4), slice(4, 6)][rank]]
@@ -95,7 +91,7 @@ def _worker(rank: int, folder: str, device: str) -> None:
 def test_two_processes_together_are_one_large_batch(tmp_path: Path, device: str) -> None:
     x = torch.randn(6, 3, 5, 5, dtype=torch.float64) * 3 + 10
     torch.save(x, tmp_path / "x.pt")
-    torch.multiprocessing.spawn(_worker, (str(tmp_path), device), nprocs=2)
+    together(_worker, str(tmp_path), device)
     layer = nn.Sequential(
         nn.BatchNorm2d(3, eps=1e-5, momentum=0.05, dtype=torch.float64), nn.SiLU()
     )

@@ -8,6 +8,8 @@ import io
 import os
 import pickle
 import struct
+import sys
+from hashlib import sha256
 
 import lmdb
 import numpy as np
@@ -18,6 +20,7 @@ from scipy.io import savemat
 from torch.utils.data import DataLoader
 
 from nvae import arch, data
+from tests.conftest import needs_digits
 
 
 def noise(*shape, seed=0):
@@ -334,8 +337,13 @@ def test_a_folder_has_a_held_out_half_only_in_subfolders(tmp_path, config):
 # --- digits and MNIST
 
 
+# sha256 of the bytes of `sklearn.datasets.load_digits`, in the order of the split.
+DIGITS = "22ccb51d1417f8119764af32a91d6d7351b6b6f703ee31920487dcfdf6a4e72a"
+CLASSES = "0f9ffd7948cafb397f7a000b667568d2e6ff757cc70e9e96e7ac289f51898d6f"
+
+
 def test_the_digits_are_split_once_and_for_all():
-    pytest.importorskip("sklearn")
+    needs_digits()
     train, held_out = (data.load("digits", None, half) for half in (True, False))
     assert (len(train), len(held_out)) == (1500, 297)
     x = torch.stack([*train, *held_out])
@@ -344,6 +352,15 @@ def test_the_digits_are_split_once_and_for_all():
     assert x.unique().tolist() == [level / 16 for level in range(17)]
     assert held_out.labels[:8].tolist() == [2, 2, 9, 8, 8, 3, 6, 0]
     assert torch.bincount(held_out.labels).min() >= 20
+    assert sha256((16 * x).byte().numpy()).hexdigest() == DIGITS
+    labels = torch.cat([train.labels, held_out.labels])
+    assert sha256(labels.byte().numpy()).hexdigest() == CLASSES
+
+
+def test_digits_without_scikit_learn_are_one_line_of_advice(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(ValueError, match=r"come with scikit-learn: pip install"):
+        data.load("digits", None, True)
 
 
 def write_mnist(folder, pixels, labels, prefix, zipped):

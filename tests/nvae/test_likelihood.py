@@ -14,6 +14,7 @@ from nvae.arch import DATA_SETS
 from nvae.likelihood import importance_weighted
 from nvae.model import AutoEncoder
 from tests.nvae.small_models import SMALL
+from tests.processes import together
 
 CONFIG = SMALL
 
@@ -72,10 +73,7 @@ def test_bits_per_dimension_count_the_values_of_an_image() -> None:
 
 
 def _worker(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group(
-        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2
-    )
+    torch.distributed.init_process_group("gloo")
     model, images = torch.load(f"{folder}/in.pt", weights_only=False)
     torch.save(importance_weighted(model, images, 3, batch_size=2), f"{folder}/{rank}.pt")
     torch.distributed.destroy_process_group()
@@ -84,11 +82,11 @@ def _worker(rank: int, folder: str) -> None:
 def test_two_processes_measure_what_one_does(tmp_path: Path) -> None:
     model, images = AutoEncoder(CONFIG), digits(5)
     torch.save((model, images), tmp_path / "in.pt")
-    torch.multiprocessing.spawn(_worker, (str(tmp_path),), nprocs=2)
+    together(_worker, str(tmp_path))
     alone = importance_weighted(model, images, 3, batch_size=2)
     for rank in range(2):
-        together = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
-        assert tuple(together) == pytest.approx(tuple(alone))
+        found = torch.load(tmp_path / f"{rank}.pt", weights_only=False)
+        assert tuple(found) == pytest.approx(tuple(alone))
 
 
 class _Calm(torch.utils.data.Dataset[torch.Tensor]):

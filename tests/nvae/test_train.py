@@ -8,7 +8,6 @@ import json
 import math
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -28,6 +27,7 @@ from nvae.training.objective import Objective
 from nvae.training.settings import Settings, parser, settings
 from tests.conftest import nvae_cases
 from tests.nvae.test_golden import Case
+from tests.processes import together
 
 ROOT = Path(__file__).parents[2]
 # The contract's table of flags (5.1): name -> default; switches are False.
@@ -171,9 +171,9 @@ def test_processes_share_the_batch_that_one_would_read(
         Shares(monkeypatch, rank, 3)
         ours = batches.Batches(images, 4, seed=5, micro=micro)  # type: ignore[arg-type]
         shares.append(list(ours.epoch(1, start=1)))
-    for together, *parts in zip(alone[1:], *shares, strict=True):
+    for whole, *parts in zip(alone[1:], *shares, strict=True):
         pieces = zip(*(part.split(micro) for part in parts), strict=True)
-        assert torch.equal(together, torch.cat([torch.cat(piece) for piece in pieces]))
+        assert torch.equal(whole, torch.cat([torch.cat(piece) for piece in pieces]))
 
 
 class Random(torch.utils.data.Dataset[Tensor]):
@@ -494,46 +494,32 @@ def test_skips_are_counted_among_the_last_steps_only() -> None:
 
 # --- several processes
 
-
-def _be(rank: int, port: int) -> None:
-    """One of two processes that torchrun would have started."""
-    torch.set_num_threads(1)
-    os.environ |= {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": "2",
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-    }
+SHORT = {"epochs": 2, "num_groups_per_scale": 1}  # each normalisation waits for all processes
 
 
-def _ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as stack:
-        free = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for one in free:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in free]
-
-
-def _process(rank: int, folder: str, ports: list[int]) -> None:
-    _be(rank, ports[0])
+def _half_the_batch(rank: int, folder: str) -> None:
     images = digits(64)
     data.load = lambda *args, **kwargs: images  # type: ignore[assignment]
-    train.train(tiny(Path(folder), save="two", batch_size=8, micro_batch=4, epochs=4))
+    train.train(tiny(Path(folder), **SHORT, save="two", batch_size=8, micro_batch=4))
+
+
+def _one_image_lost(rank: int, folder: str) -> None:
+    images = digits(64)
     images[7] = torch.full_like(images[7], torch.nan)
-    os.environ["MASTER_PORT"] = str(ports[1])
-    train.train(tiny(Path(folder), save="lost", batch_size=8, epochs=1))
+    data.load = lambda *args, **kwargs: images  # type: ignore[assignment]
+    train.train(tiny(Path(folder), **SHORT | {"epochs": 1}, save="lost", batch_size=8))
 
 
 def test_two_processes_with_half_the_batch_give_the_same_curve(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    torch.multiprocessing.spawn(_process, (str(tmp_path), _ports(2)), nprocs=2)
+    together(_half_the_batch, str(tmp_path))
+    together(_one_image_lost, str(tmp_path))
     images = digits(64)
     monkeypatch.setattr(data, "load", lambda *args, **kwargs: images)
-    train.train(tiny(tmp_path, save="one", batch_size=16, micro_batch=8, epochs=4))
+    train.train(tiny(tmp_path, **SHORT, save="one", batch_size=16, micro_batch=8))
     one, two = (torch.tensor(logged(tmp_path, save)) for save in ("one", "two"))
-    assert len(one) == 16
+    assert len(one) == 8
     torch.testing.assert_close(two, one, rtol=1e-5, atol=0.0)
     told = (tmp_path / "eval-lost" / "log.txt").read_text()
     assert "not finite: the images on process " in told
@@ -570,15 +556,14 @@ CIFAR10: dict[str, Any] = {
 }  # fmt: skip
 
 
-def _cifar10_process(rank: int, folder: str, port: int) -> None:
-    _be(rank, port)
+def _cifar10_process(rank: int, folder: str) -> None:
     train.train(Settings(root=folder, **{**CIFAR10, "save": "two", "batch_size": 8}))
 
 
 @pytest.mark.slow
 @pytest.mark.skipif("CIFAR10" not in os.environ, reason="CIFAR10 names no folder")
 def test_three_hundred_steps_on_cifar10_are_those_of_two_processes(tmp_path: Path) -> None:
-    torch.multiprocessing.spawn(_cifar10_process, (str(tmp_path), _ports(1)[0]), nprocs=2)
+    together(_cifar10_process, str(tmp_path))
     train.train(Settings(root=str(tmp_path), **{**CIFAR10, "save": "one", "batch_size": 16}))
     one, two = (torch.tensor(logged(tmp_path, save)) for save in ("one", "two"))
     assert len(one) == 300

@@ -7,6 +7,7 @@ goldens. `SEED=1` runs the random tests with other numbers.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 from collections.abc import Iterator
 from importlib.util import find_spec
@@ -17,6 +18,9 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of the processes that tests start
 
 import torch
+
+# The server of such processes imports once what each of them needs; optimisers need the second.
+multiprocessing.set_forkserver_preload(["torch", "torch._dynamo"])
 
 GOLDEN = Path(__file__).parent / "golden"
 

@@ -1,20 +1,16 @@
 """Several processes of one run, as torchrun would start them, without its ten seconds.
 
-They are forked from a server that has imported PyTorch, one for all tests of a process.
+They are forked from a server that has imported PyTorch (see `conftest`).
 """
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import socket
 from collections.abc import Callable
 from typing import Any
 
 import torch
-
-# What imports of a child cost most; PyTorch's optimisers import the second.
-multiprocessing.set_forkserver_preload(["torch", "torch._dynamo"])
 
 
 def together(function: Callable[..., None], *arguments: Any, count: int = 2) -> None:

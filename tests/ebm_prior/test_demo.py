@@ -1,3 +1,4 @@
+import functools
 import json
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from ebm_prior.commands import main
 from ebm_prior.commands.demo import BACKBONE, BACKBONE_KL1, compare
 from ebm_prior.commands.demo.measure import KINDS, draw
 from ebm_prior.commands.demo.training import Job
+from ebm_prior.commands.shared import trainings
 from ebm_prior.commands.shared.classifier import train_classifier
 from ebm_prior.commands.shared.measure import ClassifierRuler, PixelComponents
 from nvae import checkpoint, data
@@ -31,7 +33,10 @@ def ruler(digits):
     return ClassifierRuler(classifier, PixelComponents.of(x), x)
 
 
-def test_the_demo_in_miniature_writes_report_picture_and_prior(tmp_path, capsys):
+def test_the_demo_in_miniature_writes_report_picture_and_prior(tmp_path, capsys, monkeypatch):
+    hasty = functools.partial(train_classifier, epochs=3)
+    monkeypatch.setattr(compare, "train_classifier", hasty)
+    monkeypatch.setattr(trainings, "POLL", 0.05)
     flags = ["--seeds", "0", "--iterations", "2", "--num_samples", "100", "--jobs", "2"]
     assert main(["demo", "--out", str(tmp_path), *flags]) == 0
     report = json.loads((tmp_path / "report.json").read_text())

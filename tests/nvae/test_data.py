@@ -486,5 +486,5 @@ def test_workers_that_are_started_anew_read_lmdb(tmp_path, method):
     write_lmdb(tmp_path / "train.lmdb", {str(i): s.tobytes() for i, s in enumerate(stored)})
     images = data.load("imagenet_32", tmp_path, True)
     assert torch.equal(images[5], chw(stored[5]))  # the file is open here, too
-    loader = DataLoader(images, batch_size=3, num_workers=2, multiprocessing_context=method)
+    loader = DataLoader(images, batch_size=3, num_workers=1, multiprocessing_context=method)
     assert torch.equal(torch.cat(list(loader)), torch.stack([chw(s) for s in stored]))

@@ -5,12 +5,14 @@ Every process holds the whole prior and its own batch. Noise differs, weights ne
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+
+Loss = Callable[..., Any]
 
 
 def rank() -> int:
@@ -40,12 +42,7 @@ def broadcast_tensors(tensors: Sequence[Tensor]) -> None:
 
 @torch.no_grad()
 def average_gradients(module: nn.Module) -> None:
-    """Replace each gradient by its mean over the processes, in one message.
-
-    By hand and not by `DistributedDataParallel`: its hooks expect one forward per backward, while
-    here K forwards of a chain with frozen parameters come first, and all of the backward passes
-    are over when this is called, so that there is nothing to overlap with.
-    """
+    """Replace each gradient by its mean over the processes, in one message, after the backward."""
     if not _several():
         return
     gradients = [p.grad for p in module.parameters() if p.grad is not None]
@@ -55,6 +52,45 @@ def average_gradients(module: nn.Module) -> None:
     parts = flat.split([gradient.numel() for gradient in gradients])
     for gradient, part in zip(gradients, parts, strict=True):
         gradient.copy_(part.view_as(gradient))
+
+
+def averaged(loss: Loss, learned: nn.Module) -> Loss:
+    """The loss, whose backward leaves in each gradient its mean over the processes.
+
+    One `DistributedDataParallel` around the whole of it: its messages overlap with the backward,
+    and its hooks expect one forward per backward, which the K forwards of a chain, of frozen
+    parameters, are part of.
+
+    Args:
+        learned: the module whose parameters the loss depends on, all of them each time.
+    """
+    if not _several():
+        return loss
+    wrapped: Loss = nn.parallel.DistributedDataParallel(
+        _OfParameters(loss, learned), gradient_as_bucket_view=True
+    )
+    # After its first backward it arranges its messages anew, and sums over processes depend on
+    # the arrangement, by rounding. One before the first step: a run that goes on has that of the
+    # run that was stopped.
+    wrapped().backward()
+    learned.zero_grad()
+    return wrapped
+
+
+class _OfParameters(nn.Module):
+    """A loss as a module without buffers, which each process advances alike and need not send.
+
+    Called with nothing, it is the sum of all parameters.
+    """
+
+    def __init__(self, loss: Loss, learned: nn.Module) -> None:
+        super().__init__()
+        self.loss, self.learned = loss, nn.ParameterList(learned.parameters())
+
+    def forward(self, *args: Any, **further: Any) -> Any:
+        if not args:
+            return sum(parameter.sum() for parameter in self.learned)
+        return self.loss(*args, **further)
 
 
 def gather(values: Tensor) -> Tensor:

@@ -107,6 +107,7 @@ class Trainer:
         }
         self.generator = seeded(self.device, settings.seed, parallel.rank())
         parallel.broadcast(prior.learned)
+        self.loss = parallel.averaged(prior.loss, prior.learned)
         self.optimizer = adam.make(
             prior.learned.parameters(),
             name=settings.optimizer,
@@ -218,14 +219,13 @@ class Trainer:
         if labels is not None:
             labels = labels.to(self.device, non_blocking=True)
             supervised = {"labels": labels, "label_weight": self.settings.label_weight}
-        loss, info = self.prior.loss(
+        loss, info = self.loss(
             u,
             generator=self.generator,
             squared_penalty=self.settings.squared_penalty,
             **supervised,
         )
         loss.backward()
-        parallel.average_gradients(self.prior.learned)
         parameters = self.prior.learned.parameters()
         gradient = adam.gradient_norm(parameters, self.settings.grad_clip)
         worst = info.layer_loss.abs().max()

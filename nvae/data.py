@@ -56,6 +56,17 @@ class ImageSet(Dataset[Tensor]):
             raise IndexError(f"image {index} of {self.length}")
         return self.prepare(self.load_image(index % self.length))
 
+    def many(self, positions: Tensor) -> Tensor:
+        """(n,) positions -> (n, C, H, W), the images that indexing gives one by one."""
+        load, prepare = self.load_image, self.prepare
+        if (
+            isinstance(load, _At | _Stacked)
+            and isinstance(prepare, Levels)
+            and not prepare.augment
+        ):
+            return prepare(load(positions))
+        return torch.stack([self[i] for i in positions.tolist()])
+
 
 # --- from a picture, or from levels, to the tensor
 
@@ -91,7 +102,7 @@ class Fit:
 
 @dataclass(frozen=True)
 class Levels:
-    """Integer levels (C, H, W) to [0, 1]."""
+    """Integer levels (C, H, W), of one image or of several, to [0, 1]; flips only one."""
 
     maximum: int = 255
     augment: bool = False
@@ -102,11 +113,11 @@ class Levels:
 
 @dataclass(frozen=True)
 class _At:
-    """The i-th entry of a tensor, as a function that can be pickled."""
+    """The i-th entry of a tensor, or several, as a function that can be pickled."""
 
     tensor: Tensor
 
-    def __call__(self, index: int) -> Tensor:
+    def __call__(self, index: int | Tensor) -> Tensor:
         return self.tensor[index]
 
 
@@ -117,7 +128,7 @@ class _Stacked:
     levels: Tensor  # (n, H, W)
     choice: Tensor  # (m, 3)
 
-    def __call__(self, index: int) -> Tensor:
+    def __call__(self, index: int | Tensor) -> Tensor:
         return self.levels[self.choice[index]]
 
 

@@ -445,6 +445,26 @@ def test_a_matlab_file_that_is_not_omniglots_is_refused(tmp_path):
 # --- all of them
 
 
+@pytest.mark.parametrize("name", ["cifar10", "mnist", "stacked_mnist"])
+@pytest.mark.parametrize("augment", [False, True])
+@pytest.mark.parametrize("train", [False, True])
+def test_many_images_at_once_are_those_one_by_one_with_their_random_numbers(
+    tmp_path, name, augment, train
+):
+    labels = np.arange(18, dtype=np.uint8) % 10
+    write_batches(tmp_path / "cifar-10-batches-py", noise(18, 32, 32, 3), labels)
+    for prefix in ("train", "t10k"):
+        write_mnist(tmp_path, noise(10, 28, 28), np.arange(10, dtype=np.uint8), prefix, False)
+    images = data.load(name, tmp_path, train, augment=augment)
+    positions = torch.tensor([2, 0, 2, 1])
+    before = torch.get_rng_state()
+    together = images.many(positions)
+    after = torch.get_rng_state()
+    torch.set_rng_state(before)
+    assert torch.equal(together, torch.stack([images[i] for i in positions.tolist()]))
+    assert torch.equal(torch.get_rng_state(), after)
+
+
 def test_flips_come_only_when_asked_for(tmp_path, config):
     Image.fromarray(noise(32, 32, 3)).save(tmp_path / "x.png")
     plain = data.load("folder", tmp_path, True, config=config)

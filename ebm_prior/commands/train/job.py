@@ -45,7 +45,7 @@ def train(command: Run, here: Runtime) -> int:
 
         return fitting.fit(command, backbone, images, here, say)
     labels = open_labels(command, images)
-    batches = make_batches(command, images, labels)
+    batches = make_batches(command, images, labels, here)
     trainer = make_trainer(command, backbone, batches, labels, here, say)
     if here.is_main:
         write_arguments(command)
@@ -116,20 +116,20 @@ def open_labels(command: Run, images: ImageSet) -> list[Labels]:
     return labels.load(names, dataset, images.labels, len(images), train=True, folder=folder)
 
 
-def make_batches(command: Run, images: ImageSet, labels: list[Labels]) -> Batches:
+def make_batches(command: Run, images: ImageSet, labels: list[Labels], here: Runtime) -> Batches:
     """The training images in batches, with labels if there are any."""
     import torch
 
-    from ebm_prior.training.batches import Batches, Labelled
+    from ebm_prior.training.batches import Batches, Labelled, default_workers
 
     dataset: Any = images
     if labels:
         dataset = Labelled(images, torch.stack([each.values for each in labels], dim=1))
     workers = command.workers
     if workers is None:
-        workers = 0 if images.in_memory else 2
+        workers = default_workers(images.in_memory)
     seed, size = command.options["seed"], command.settings["batch_size"]
-    return Batches(dataset, size, seed=seed, workers=workers)
+    return Batches(dataset, size, seed=seed, workers=workers, device=here.device)
 
 
 def configured(command: Run, backbone: Opened, labels: list[Labels]) -> PriorConfig:

@@ -30,7 +30,7 @@ def train(command: Run, here: Runtime) -> int:
     from ebm_prior.backbones.hvae.model import HVAE
     from ebm_prior.backbones.hvae.training import HVAETrainer
     from ebm_prior.training import run_state
-    from ebm_prior.training.batches import Batches
+    from ebm_prior.training.batches import Batches, default_workers
     from nvae import data
 
     halves: dict[str, ImageSet] = {
@@ -39,9 +39,9 @@ def train(command: Run, here: Runtime) -> int:
     }
     workers = command.workers
     if workers is None:
-        workers = 0 if halves["train"].in_memory else 2
+        workers = default_workers(halves["train"].in_memory)
     seed, size = command.settings["seed"], command.settings["batch_size"]
-    batches = Batches(halves["train"], size, seed=seed, workers=workers)
+    batches = Batches(halves["train"], size, seed=seed, workers=workers, device=here.device)
     settings = train_settings(command, len(batches), precision(command.amp, here.device))
     state = run_state.read(command.out) if command.resume == "auto" else None
     torch.manual_seed(seed)  # initial weights come from PyTorch's own generator

@@ -12,6 +12,7 @@ from PIL import Image
 from ebm_prior import checkpoint, kinds
 from ebm_prior.backbones.nvae import NVAEBackbone
 from ebm_prior.commands import main
+from ebm_prior.commands.sample import drawing
 from ebm_prior.commands.sample.drawing import chosen_labels
 from ebm_prior.commands.sample.table import Blocks
 from ebm_prior.config import PriorConfig
@@ -20,6 +21,7 @@ from ebm_prior.ncp import context_shapes
 from ebm_prior.prior import EBMPrior
 from nvae.runtime import Runtime
 from tests.ebm_prior import small_vaes
+from tests.processes import together
 
 SEVEN = ["--num_samples", "7", "--batch_size", "2", "--grid", "0"]
 
@@ -190,6 +192,59 @@ def test_a_killed_run_goes_on_with_the_missing_blocks(sample, tmp_path, monkeypa
     for path in (whole / "png").glob("*.png"):
         assert (parts / "png" / path.name).read_bytes() == path.read_bytes()
     assert {p.name for p in parts.iterdir()} == {p.name for p in whole.iterdir()}
+
+
+def _go_on(rank, words, told):
+    drawn, draw = [], drawing.Drawing.draw
+
+    def noted(self, first, count):
+        drawn.append(first)
+        return draw(self, first, count)
+
+    drawing.Drawing.draw = noted
+    assert main([*words, "--resume", "auto"]) == 0
+    (told / f"{rank}.json").write_text(json.dumps(drawn))
+
+
+def test_processes_share_what_a_killed_run_left_evenly(files, sample, tmp_path, monkeypatch):
+    flags = ["--num_samples", "12", "--batch_size", "2", "--grid", "0", "--format", "npz"]
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    assert sample(whole, *flags) == 0
+    with monkeypatch.context() as patch:
+        killed_after(patch, 3)
+        assert sample(parts, *flags) == 130
+    done = np.lib.format.open_memmap(parts / ".sampling.npy", "r+")
+    done[:] = [1, 0, 1, 0, 0, 0]  # as if the first of two processes had been the faster one
+    done.flush()
+    vae, folder = files
+    paths = ["--checkpoint", vae, "--prior", folder / "plain", "--out", parts]
+    together(_go_on, ["sample", *map(str, paths), "--device", "cpu", *flags], tmp_path)
+    drawn = [json.loads((tmp_path / f"{rank}.json").read_text()) for rank in range(2)]
+    assert drawn == [[2, 8], [6, 10]]
+    np.testing.assert_allclose(images(parts), images(whole), atol=1e-5)
+
+
+def test_the_bar_counts_the_images_of_all_processes_from_where_it_goes_on(
+    sample, tmp_path, monkeypatch
+):
+    bars = []
+
+    class Bar(drawing.tqdm):
+        def __init__(self, **given):
+            super().__init__(**given)
+            bars.append(self)
+
+    with monkeypatch.context() as patch:
+        killed_after(patch, 2)
+        assert sample(tmp_path, *SEVEN) == 130
+    done = np.lib.format.open_memmap(tmp_path / ".sampling.npy", "r+")
+    done[:] = [1, 0, 0, 1]  # the last block holds one image
+    done.flush()
+    monkeypatch.setattr(drawing, "tqdm", Bar)
+    assert sample(tmp_path, *SEVEN, "--resume", "auto") == 0
+    (bar,) = bars
+    assert (bar.initial, bar.n, bar.total) == (3, 7, 7)
+    assert "images/s" in str(bar)
 
 
 def test_blocks_that_a_picture_shows_are_drawn_again(sample, tmp_path, monkeypatch):

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -79,15 +80,19 @@ class Drawing:
         if settings.format != "png":
             table = Table(out, shape, here, keep=blocks.going_on)
         shown: dict[int, Tensor] = {}
-        firsts = range(0, total, size)[here.rank :: here.world_size]
-        for first in tqdm(firsts, "blocks", disable=not here.is_main):
-            if blocks.done[first // size] and not self.in_a_picture(first):
-                continue
-            batch = self.draw(first, min(size, total - first))
-            self.write(first, batch, table)
-            blocks.finish(first // size)
-            if first < settings.grid:
-                shown[first] = batch
+        wanted = [
+            first
+            for first, done in zip(range(0, total, size), blocks.before, strict=True)
+            if not done or self.in_a_picture(first)
+        ]
+        with self.progress(blocks) as bar:
+            for first in wanted[here.rank :: here.world_size]:  # evenly, after a kill too
+                batch = self.draw(first, min(size, total - first))
+                self.write(first, batch, table)
+                blocks.finish(first // size)
+                bar.update(self.images_in(blocks.done) - bar.n)
+                if first < settings.grid:
+                    shown[first] = batch
         everywhere = {
             first: batch for part in parallel.collect(shown) for first, batch in part.items()
         }
@@ -102,6 +107,25 @@ class Drawing:
         write_json(out / "report.json", content)
         blocks.forget()
         print(f"{total} images in {out}, {seconds} s")
+
+    def progress(self, blocks: Blocks) -> tqdm[Any]:
+        """A bar of the images that all processes have written, moved by each block of the first.
+
+        So it shows the images per second of all; near the end it may wait for the others.
+        """
+        return tqdm(
+            desc="images",
+            total=self.settings.num_samples,
+            initial=self.images_in(blocks.before),
+            unit=" images",
+            disable=not self.here.is_main,
+        )
+
+    def images_in(self, done: np.ndarray) -> int:
+        """How many images the finished blocks hold; the last block may be smaller."""
+        total, size = self.settings.num_samples, self.settings.batch_size
+        missing = len(done) * size - total if done[-1] else 0
+        return int(done.sum(dtype=int)) * size - missing
 
     def in_a_picture(self, first: int) -> bool:
         """Whether a block is needed beyond its files: then a resumed run draws it again."""

@@ -60,6 +60,10 @@ class Blocks:
         identity: what the images depend on, plain JSON.
         resume: go on with the blocks of a killed run, if there are any.
 
+    Attributes:
+        done: (count,), 1 where a block is finished, by whichever process.
+        before: what was done when this run began, the same for all processes.
+
     Raises:
         ValueError: those blocks were drawn with other settings.
     """
@@ -82,6 +86,8 @@ class Blocks:
             np.lib.format.open_memmap(self.bytes, "w+", np.uint8, (count,)).flush()
         parallel.wait()
         self.done = np.lib.format.open_memmap(self.bytes, "r+")
+        self.before = self.done.copy()
+        parallel.wait()  # all have the same in hand before one finishes a block
         self.begin = None if self.going_on or not here.is_main else identity
 
     def check(self, identity: dict[str, Any]) -> None:

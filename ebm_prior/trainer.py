@@ -67,8 +67,11 @@ class Summary:
 class Trainer:
     """Trains `prior.learned`; writes `last.pt`, `prior.safetensors`, logs and pictures to `out`.
 
+    Of several processes each has batches and noise of its own; gradients are means over them.
+
     Args:
-        prior: on the device to train on.
+        prior: on the device to train on; of it `loss`, `sample_u`, `learned`, `backbone` and
+            `config` are used.
         data: images in [0, 1], `len(data)` batches per epoch of this process.
         fingerprint: of the backbone; None computes it.
         bn_statistics: of a re-estimated backbone, saved with the prior.

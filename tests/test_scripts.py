@@ -34,7 +34,8 @@ PATHS = {"CHECKPOINT": "c.pt", "DATA": "a folder", "OUT": "run", "PRIOR": "p.saf
 STAND_IN = r"""#!/bin/sh
 case "$1" in
     -) exit 0 ;;                        # "have you PyTorch?" comes on stdin
-    -c) echo "${FAKE_GPUS:-1}" ;;       # "how many processes?"
+    -c) case "$2" in *"${LACKS:-nothing}"*) exit 1 ;; esac
+        echo "${FAKE_GPUS:-1}" ;;       # "how many processes?"
     *) printf '%s|' "$@" ;;
 esac
 """
@@ -207,6 +208,13 @@ def test_training_needs_pytorch_and_installs_none(run, tmp_path):
     told = run(ROOT / "scripts/sample.sh", **PATHS, PYTHON=str(tmp_path / "absent"))
     assert told.returncode == 2
     assert "no PyTorch 2.10 or newer" in told.stderr
+
+
+def test_the_suite_runs_in_parallel_where_it_can_and_arguments_have_the_last_word(run):
+    several = run(ROOT / "scripts/test.sh", "-n", "0", "-k", "golden").stdout
+    assert several.endswith("-m|pytest|-n|auto|--maxprocesses|8|--dist|worksteal|-n|0|-k|golden|")
+    one = run(ROOT / "scripts/test.sh", "-k", "golden", LACKS="import xdist").stdout
+    assert one.endswith("-m|pytest|-k|golden|")
 
 
 @pytest.mark.parametrize("beside", [True, False])

@@ -20,6 +20,8 @@ from ebm_prior import checkpoint
 from ebm_prior.backbones.nvae import NVAEBackbone
 from ebm_prior.base import Prior
 from ebm_prior.fingerprint import backbone_fingerprint, check_fingerprint
+from ebm_prior.frozen import fast
+from ebm_prior.steps import Steps
 from nvae.arch import ModelConfig
 from nvae.model import AutoEncoder
 
@@ -30,6 +32,7 @@ def attach(
     *,
     args: Mapping[str, Any] | argparse.Namespace | None = None,
     block_size: int | None = None,
+    steps: Steps | None = None,
 ) -> Prior:
     """Replace `model.sample(num_samples, t)` on this instance by draws from the prior.
 
@@ -44,6 +47,7 @@ def attach(
         args: the `args` of the model's checkpoint; needed unless the model is ours.
         block_size: how many chains run at once; they need the memory of a backward pass, of which
             the caller of `sample` may know nothing. None: as many as samples are asked for.
+        steps: of the fast path that the chains run on; None: all that are exact, and on CUDA bf16.
 
     Returns:
         The prior as attached, on a view of the model: its energies are those of a prior given.
@@ -54,10 +58,10 @@ def attach(
     if block_size is not None and block_size < 1:
         raise ValueError(f"block_size is {block_size}, expected at least 1, or None for no limit")
     backbone = NVAEBackbone(model, config=_config(model, args))
-    if isinstance(prior, Prior):
-        attached = _on(backbone, prior)
-    else:
-        attached = checkpoint.load(prior, backbone)
+    plain = _on(backbone, prior) if isinstance(prior, Prior) else checkpoint.load(prior, backbone)
+    if steps is None:
+        steps = Steps(precision="bf16" if backbone.device.type == "cuda" else "float32")
+    attached = fast(plain, steps)
     sample: Any = model.sample
     gaussian = getattr(sample, "gaussian", sample)
     sample = AttachedSample(model, attached, gaussian, block_size)

@@ -147,10 +147,11 @@ def test_statistics_of_the_file_are_used_until_the_model_is_readjusted(model, tm
 
 def test_a_prior_in_memory_is_attached_with_its_own_energies(model):
     energies = prior(NVAEBackbone(model))
-    attached = ebm_prior.attach(model, energies)
-    assert attached.energies is energies.energies
-    other = ebm_prior.attach(copy.deepcopy(vae()), energies)  # the same weights elsewhere
-    assert other.energies is energies.energies
+    same_weights_elsewhere = copy.deepcopy(vae())
+    for vae_ in (model, same_weights_elsewhere):
+        attached = ebm_prior.attach(vae_, energies)
+        pairs = zip(attached.learned.parameters(), energies.learned.parameters(), strict=True)
+        assert all(ours is theirs for ours, theirs in pairs)
 
 
 def test_a_prior_of_another_backbone_is_refused_with_both_fingerprints(model, path):

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from ebm_prior.frozen import fast
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -19,6 +18,7 @@ from ebm_prior.commands.bench.counting import Bytes, Meter, Work, waited, waits
 from ebm_prior.commands.bench.paths import InReferenceStyle, Plain
 from ebm_prior.commands.bench.reference import Reference, Swish
 from ebm_prior.commands.bench.shapes import SHAPES
+from ebm_prior.frozen import fast
 from ebm_prior.spectral_norm import SpectralNorm
 from nvae.arch import ModelConfig
 from tests.ebm_prior import small_vaes

@@ -182,6 +182,7 @@ def test_a_dry_run_prints_the_settings_and_touches_nothing(vae_file, tmp_path, c
         (["--batch_size", "1501"], "fewer than one batch"),
         (["--network", "residual", "--b2", "0"], "b2 is 0.0"),
         (["--device", "cuda:99"], "cuda"),
+        (["--plain", "--recompute"], "--plain goes without --recompute"),
     ],
 )
 def test_what_cannot_work_is_one_line_before_any_work(vae_file, tmp_path, capsys, flags, message):
@@ -253,6 +254,33 @@ def test_samples_depend_on_seed_and_block_and_not_on_how_many_follow(run, vae_fi
     assert not np.array_equal(eight[:4], eight[4:])
 
 
+def test_the_fast_path_draws_what_the_plain_one_does_and_bf16_nearly(run, vae_file, tmp_path):
+    found = {}
+    for name, flags in {
+        "plain": ["--plain"],
+        "fast": [],
+        "recomputed": ["--recompute"],
+        "bf16": ["--precision", "bf16"],
+    }.items():
+        flags = ["--num_samples", "4", "--format", "npz", *flags]
+        assert sample(vae_file, run, tmp_path / name, *flags) == 0
+        found[name] = np.load(tmp_path / name / "samples.npz")["samples"]
+        protocol = json.loads((tmp_path / name / "report.json").read_text())["protocol"]
+        assert (
+            protocol["chain"]
+            == {
+                "plain": "plain",
+                "fast": "fast, float32",
+                "recomputed": "fast, float32, recomputed",
+                "bf16": "fast, bf16",
+            }[name]
+        )
+    for name in ("fast", "recomputed"):
+        np.testing.assert_allclose(found[name], found["plain"], atol=1e-4)
+    difference = np.abs(found["bf16"] - found["plain"]).mean()
+    assert 0 < difference < 0.02
+
+
 def test_pictures_of_two_runs_are_not_mixed(run, vae_file, tmp_path, capsys):
     assert sample(vae_file, run, tmp_path, "--num_samples", "3") == 0
     assert sample(vae_file, run, tmp_path, "--num_samples", "3") == 0
@@ -272,6 +300,7 @@ def test_a_dry_run_of_sampling_prints_the_settings(run, vae_file, tmp_path, caps
         (["--num_samples", "0"], "--num_samples 0: expected at least 1"),
         (["--temperature", "-1"], "expected a positive number"),
         (["--prior", "missing"], "--prior missing: no such file"),
+        (["--plain", "--precision", "bf16"], "--plain goes without"),
     ],
 )
 def test_bad_sampling_flags_are_one_line(run, vae_file, tmp_path, capsys, flags, message):

@@ -96,7 +96,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="put them into this Markdown file instead, at <!-- table: bench.json -->",
     )
-    arguments.add_running(parser, None, "each shape's own")
+    arguments.add_running(parser, None, "each shape's own", chains=False)
 
 
 def run(args: argparse.Namespace) -> int:

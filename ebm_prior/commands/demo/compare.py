@@ -56,7 +56,7 @@ def run(settings: Settings, backbone_kl1: Path) -> None:
     extra = Job(backbone_kl1, first, settings.out / f"kl1-seed-{first}", steps)
     rows: dict[Path, dict[str, Any]] = {}
     for job in train([*jobs, extra], settings.jobs, steps):
-        prior = ebm_prior.load(job.prior, checkpoint.load(job.checkpoint))
+        prior = ebm_prior.fast(ebm_prior.load(job.prior, checkpoint.load(job.checkpoint)))
         assert isinstance(prior, EBMPrior)
         samples = draw(prior, x, settings.num_samples, job.seed)
         rows[job.out] = {"seed": job.seed, **table(ruler, samples)}

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ebm_prior.commands.doctor.checks import OK, PROBLEM, WARNING, Check, Checks, guarded, shown
-from ebm_prior.commands.shared import arguments
+from ebm_prior.commands.shared import arguments, speed
 
 if TYPE_CHECKING:
     from ebm_prior.backbones.files import Opened
@@ -127,6 +127,7 @@ def _of_chains(args: argparse.Namespace, backbone: Opened, results: dict[str, An
 
     with contextlib.suppress(ValueError):  # told already, under `prior`
         prior = checkpoint.load(args.prior, backbone)
+        prior = speed.on_path(prior, speed.steps_of(args, backbone.device))
         yield from guarded("chains", lambda: chains.examined(args, prior, results))
 
 

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from ebm_prior.commands.shared import arguments
+from ebm_prior.commands.shared import arguments, speed
 
 HELP = "draw images from a trained prior"
 USAGE = "%(prog)s --checkpoint FILE --prior FILE --out FOLDER [options]"
@@ -119,6 +119,9 @@ class Settings:
     temperatures: list[float]
     resume: str
     device: str
+    precision: str
+    recompute: bool
+    plain: bool
 
     def __post_init__(self) -> None:
         if self.grid < 0:
@@ -169,6 +172,7 @@ def run(args: argparse.Namespace) -> int:
     chosen = drawing.chosen_labels(settings.set, checkpoint.read(settings.prior).config)
     with runtime.started(settings.device) as here, torch.no_grad():
         backbone = open_backbone(settings.checkpoint, device=str(here.device))
-        prior = checkpoint.load(settings.prior, backbone)
-        drawing.Drawing(settings, prior, chosen, here).all(backbone.config.image_shape)
+        steps = speed.steps_of(args, here.device)
+        prior = speed.on_path(checkpoint.load(settings.prior, backbone), steps)
+        drawing.Drawing(settings, prior, chosen, here, steps).all(backbone.config.image_shape)
     return 0

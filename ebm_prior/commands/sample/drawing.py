@@ -17,10 +17,11 @@ from ebm_prior import checkpoint, parallel
 from ebm_prior.base import Prior
 from ebm_prior.commands.sample import Settings
 from ebm_prior.commands.sample.table import Blocks, Table
-from ebm_prior.commands.shared import labels
+from ebm_prior.commands.shared import labels, speed
 from ebm_prior.commands.shared.arguments import assignments
 from ebm_prior.config import PriorConfig
 from ebm_prior.seeds import seeded
+from ebm_prior.steps import Steps
 from nvae import images, runtime
 from nvae.digest import sha256
 from nvae.evaluation.job import provenance, write_json
@@ -67,6 +68,7 @@ class Drawing:
     prior: Prior
     labels: list[int] | None
     here: runtime.Runtime
+    steps: Steps | None
 
     def all(self, image_shape: tuple[int, int, int]) -> None:
         """Draw and write everything."""
@@ -220,14 +222,17 @@ class Drawing:
     def identity(self) -> dict[str, Any]:
         """What a run must share with the one it goes on with."""
         free = {"device", "resume", "out", "checkpoint", "prior"}
+        free |= {"recompute", "plain", "precision"}  # the last as it came out, below
         same = {name: value for name, value in asdict(self.settings).items() if name not in free}
-        return {**same, "prior_sha256": sha256(self.settings.prior)}
+        precision = "float32" if self.steps is None else self.steps.precision
+        return {**same, "precision": precision, "prior_sha256": sha256(self.settings.prior)}
 
     def protocol(self) -> dict[str, Any]:
         """What the images were made of and with."""
         file = checkpoint.read(self.settings.prior)
         return {
             **asdict(self.settings),
+            "chain": speed.told(self.steps),
             "sha256": {name: sha256(getattr(self.settings, name)) for name in FILES},
             "backbone": file.fingerprint,
             "prior_step": file.step,

@@ -8,6 +8,8 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from ebm_prior.commands.shared import speed
+
 NOT_SETTINGS = ("command", "run", "dry_run")
 AT_LEAST = {"batch_size": 1, "seed": 0, "max_images": 1, "num_samples": 1}
 
@@ -39,12 +41,17 @@ def add_data(parser: argparse.ArgumentParser) -> None:
 
 
 def add_running(
-    parser: argparse.ArgumentParser, batch_size: int | None = 100, told: str = "%(default)s"
+    parser: argparse.ArgumentParser,
+    batch_size: int | None = 100,
+    told: str = "%(default)s",
+    *,
+    chains: bool = True,
 ) -> None:
-    """`--batch_size`, `--seed`, `--device` and `--dry_run`.
+    """`--batch_size`, `--seed`, `--device`, `--dry_run`, and the flags of `speed`.
 
     Args:
         told: what the help says of the default batch size.
+        chains: False leaves out the flags of `speed`.
     """
     parser.add_argument(
         "--batch_size",
@@ -58,10 +65,12 @@ def add_running(
     parser.add_argument(
         "--dry_run", action="store_true", help="print the settings as JSON and stop"
     )
+    if chains:
+        speed.add_arguments(parser)
 
 
 def check_inputs(args: argparse.Namespace) -> None:
-    """Refuse what cannot work: missing files, an --out that cannot be written, small numbers.
+    """Refuse what cannot work: missing files, a folder that cannot be written, small numbers.
 
     Raises:
         ValueError: one line that names the flag.
@@ -79,6 +88,8 @@ def check_inputs(args: argparse.Namespace) -> None:
         raise ValueError(f"--data {data}: no such folder")
     if getattr(args, "out", None) is not None:
         check_out(Path(args.out))
+    if hasattr(args, "plain"):
+        speed.check(args)
 
 
 def check_out(out: Path) -> None:

@@ -20,7 +20,7 @@ from tqdm import tqdm
 from ebm_prior import checkpoint, parallel
 from ebm_prior.backbones.files import Opened, open_backbone
 from ebm_prior.base import Prior
-from ebm_prior.commands.shared import labels
+from ebm_prior.commands.shared import labels, speed
 from ebm_prior.commands.shared.arguments import settings
 from ebm_prior.commands.shared.labels import Labels
 from ebm_prior.commands.shared.subset import Images, Subset
@@ -190,7 +190,7 @@ class Job:
 
     def open_prior(self, path: str | Path) -> Prior:
         """Another prior of the same backbone."""
-        return checkpoint.load(path, self.backbone).to(self.here.device)
+        return _opened(path, self.backbone, self.args, self.here)
 
     # --- results --------------------------------------------------------------------------
 
@@ -205,6 +205,7 @@ class Job:
             "backbone": self.backbone.fingerprint(),
             "seconds": round(time.perf_counter() - self.started, 1),
             "device": str(self.here.device),
+            "chain": speed.told(speed.steps_of(self.args, self.here.device)),
             "versions": {"torch": torch.__version__, "python": platform.python_version()},
             **provenance(),
             **(protocol or {}),
@@ -228,9 +229,16 @@ def opened(args: argparse.Namespace) -> Iterator[Job]:
         path = getattr(args, "prior", None)
         prior = None
         if isinstance(path, str | Path):
-            prior = checkpoint.load(path, backbone).to(here.device)
+            prior = _opened(path, backbone, args, here)
         with runtime.kept(out, here):
             yield Job(here, backbone, prior, args, out, args.seed, args.batch_size)
+
+
+def _opened(
+    path: str | Path, backbone: Opened, args: argparse.Namespace, here: runtime.Runtime
+) -> Prior:
+    prior = checkpoint.load(path, backbone).to(here.device)
+    return speed.on_path(prior, speed.steps_of(args, here.device))
 
 
 def _several(value: Any) -> list[Any]:

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ebm_prior.commands.shared import speed
 from ebm_prior.commands.shared.arguments import check_out
 from ebm_prior.presets import PRESETS, PRIOR_SETTINGS, resolved
 
@@ -165,6 +166,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workers", type=int, metavar="N", help="processes that read images (default: as needed)"
     )
     main.add_argument("--dry_run", action="store_true", help="print the settings as JSON and stop")
+    speed.add_arguments(parser)
     for name, (default, kind, text) in RUN_FLAGS.items():
         text += "" if default is None else " (%(default)s)"
         form = {"type": kind, "metavar": METAVAR.get(kind)}
@@ -205,6 +207,9 @@ class Run:
     resume: str
     device: str
     workers: int | None
+    precision: str
+    recompute: bool
+    plain: bool
     options: dict[str, Any]  # of RUN_FLAGS
     settings: dict[str, Any]
 
@@ -219,6 +224,7 @@ class Run:
 
 def parsed(args: argparse.Namespace) -> Run:
     """The command line with the preset's settings, flags in their place."""
+    speed.check(args)
     names = [*PRIOR_FLAGS, *TRAINING_FLAGS, "iterations", "epochs"]
     return Run(
         checkpoint=Path(args.checkpoint),
@@ -232,6 +238,9 @@ def parsed(args: argparse.Namespace) -> Run:
         resume=args.resume,
         device=args.device,
         workers=args.workers,
+        precision=args.precision,
+        recompute=args.recompute,
+        plain=args.plain,
         options={name: getattr(args, name) for name in RUN_FLAGS},
         settings=resolved(args.preset, {name: getattr(args, name) for name in names}, args.prior),
     )

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ebm_prior.commands.shared import speed
 from ebm_prior.commands.train.flags import Run, prior_config, train_settings
 from ebm_prior.presets import PRESETS
 
@@ -176,8 +177,9 @@ def make_trainer(
         statistics = bn_statistics(command, backbone, state, here, say)
         use: Any = backbone
         prior = prior.on(use.with_bn_statistics(statistics))
+    steps = speed.steps_of(command, here.device)
     trainer = Trainer(
-        prior.to(here.device),
+        speed.on_path(prior.to(here.device), steps),
         batches,
         settings,
         command.out,

@@ -9,10 +9,9 @@ Attribute names that hold weights are the file format (`netE0.conv_start.weight_
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -327,6 +326,29 @@ def net_of(config: PriorConfig, shape: Sequence[int], outputs: int = 1) -> nn.Mo
     return variant(shape, width, sn, outputs)
 
 
+class Columns:
+    """The function z -> what the networks give at t, (B, columns), as a chain needs it."""
+
+    def __init__(self, nets: nn.Module, t: Tensor) -> None:
+        self.nets, self.t = nets, t
+
+    def __call__(self, z: Sequence[Tensor]) -> Tensor:
+        return self.nets(z, self.t)
+
+    def tensors(self) -> list[Tensor]:
+        """What differs from one chain to the next of the same `key`."""
+        return [self.t]
+
+    def advancing(self) -> list[Tensor]:
+        """What a call changes: the vectors of spectral norm in train mode."""
+        return list(self.nets.buffers())
+
+    @property
+    def key(self) -> Any:
+        """Equal for functions that differ in their tensors alone."""
+        return id(self.nets), self.nets.training
+
+
 class EnergyNets(nn.Module):
     """One network per layer; the state dict keys are `netE{i}.<key>`, 0 = top.
 
@@ -350,9 +372,9 @@ class EnergyNets(nn.Module):
         """The network of layer i."""
         return self.get_submodule(f"netE{i}")
 
-    def at(self, t: Tensor) -> Callable[[Sequence[Tensor]], Tensor]:
+    def at(self, t: Tensor) -> Columns:
         """The function z -> `self(z, t)` for the many calls of a chain."""
-        return functools.partial(self, t=t)
+        return Columns(self, t)
 
     def forward(self, z: Sequence[Tensor], t: Tensor) -> Tensor:
         """z: one (B, \\*shape) per layer, t (B,) -> the f_i, (B, L); more columns if coupled."""

@@ -24,7 +24,7 @@ from ebm_prior.backbones.base import Backbone
 from ebm_prior.base import LossInfo, Prior, frozen, in_mode, plain_numbers
 from ebm_prior.config import PriorConfig
 from ebm_prior.coupling import Coupling
-from ebm_prior.energy import EnergyNets
+from ebm_prior.energy import Columns, EnergyNets
 from ebm_prior.schedule import Schedule, at, forward_pair
 
 Record = Callable[[int, langevin.State, langevin.Info], None]
@@ -63,6 +63,16 @@ class Conditional:
         f, of_f = langevin.value_and_gradient(self.f, u)
         return log_p + f, gradient + of_f
 
+    def tensors(self) -> list[Tensor]:
+        """What differs from one conditional to the next of the same `key`."""
+        own = [self.u_next, self.alpha, self.weight]
+        return own if self.f is None else [*own, *self.f.tensors()]
+
+    @property
+    def key(self) -> Any:
+        """Equal for conditionals that differ in their tensors alone."""
+        return None if self.f is None else self.f.key
+
     def _gaussian(self, u: Tensor) -> Tensor:
         off = self.alpha * u - self.u_next
         return -0.5 * (u.square() + self.weight * off.square()).sum(1)
@@ -80,7 +90,7 @@ class Force:
     """
 
     to_z: Callable[[Tensor], list[Tensor]]
-    columns: Callable[[list[Tensor]], Tensor]
+    columns: Columns
     coupling: Coupling
     scale: Tensor | float
     labels: Tensor | None = None
@@ -89,6 +99,18 @@ class Force:
     def __call__(self, u: Tensor) -> Tensor:
         f = self.coupling.total(self.columns(self.to_z(u)), self.labels, self.guidance)
         return (f / self.scale).sum(1)
+
+    def tensors(self) -> list[Tensor]:
+        """See `Conditional`."""
+        optional = [x for x in (self.scale, self.labels) if isinstance(x, Tensor)]
+        return [*self.columns.tensors(), *optional]
+
+    @property
+    def key(self) -> Any:
+        """See `Conditional`; a map that is made anew counts its copies."""
+        backbone = getattr(self.to_z, "__self__", None)
+        copies = getattr(backbone, "copies", 0)
+        return id(backbone), copies, self.columns.key, self.labels is None, self.guidance
 
 
 class EBMPrior(Prior):

@@ -11,8 +11,10 @@ from __future__ import annotations
 
 from typing import TypeVar
 
+from ebm_prior import langevin
 from ebm_prior.base import Prior
 from ebm_prior.energy import EnergyNets
+from ebm_prior.frozen.graph import Replayed
 from ebm_prior.frozen.wide import WideEnergies
 from ebm_prior.prior import EBMPrior
 from ebm_prior.steps import NAMES, Steps
@@ -35,7 +37,11 @@ def fast(prior: Same, steps: Steps | None = None) -> Same:
     folded = getattr(prior.backbone, "folded", None)
     backbone = folded(steps) if steps.tower and folded is not None else prior.backbone
     found = prior.on(backbone)
-    if isinstance(found, EBMPrior) and isinstance(found.energies, EnergyNets):
-        if steps.once or steps.group:
-            found.energies = WideEnergies(found.energies, found.layout.shapes, steps)
+    if not isinstance(found, EBMPrior):
+        return found
+    if isinstance(found.energies, EnergyNets) and (steps.once or steps.group):
+        found.energies = WideEnergies(found.energies, found.layout.shapes, steps)
+    # Whether a step of another backbone can be captured is not known.
+    if steps.graph and folded is not None and found.sampler is langevin.run:
+        found.sampler = Replayed()
     return found

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ebm_prior.energy import Energy, EnergyNets, time_embedding
+from ebm_prior.energy import Columns, Energy, EnergyNets, time_embedding
 from ebm_prior.frozen.convolution import Convolution, Product
 from ebm_prior.spectral_norm import SpectralNorm, power_iteration
 from ebm_prior.steps import Steps
@@ -43,16 +43,18 @@ class WideEnergies(EnergyNets):
         self._read: Any = None  # what the wide copies were made of
 
     def forward(self, z: Sequence[Tensor], t: Tensor) -> Tensor:
-        if torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters()):
-            return super().forward(z, t)
-        return self.at(t)(z)
+        learning = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
+        in_shares = any(m.shares > 1 for m in self.modules() if isinstance(m, SpectralNorm))
+        return super().forward(z, t) if learning or in_shares else self.at(t)(z)
 
-    def at(self, t: Tensor) -> Columns:
+    def at(self, t: Tensor) -> WideColumns:
         """The function z -> `self(z, t)` for the many calls of a chain."""
         with torch.no_grad():
             groups = self._refreshed()
             embedding = time_embedding(t).to(groups[0].weight.dtype)
-            return Columns(groups, embedding, every_call=not self.steps.once or self._advancing)
+            return WideColumns(
+                groups, embedding, every_call=not self.steps.once or self._advancing
+            )
 
     @property
     def _advancing(self) -> bool:
@@ -81,8 +83,8 @@ class WideEnergies(EnergyNets):
         return [Group([self.layer(i) for i in which], which) for which in alike.values()]
 
 
-class Columns:
-    """The function z -> what the networks give at t, (B, columns), on the wide copies.
+class WideColumns(Columns):
+    """The same on the wide copies.
 
     Args:
         embedding: of t, (B, 128).
@@ -94,8 +96,15 @@ class Columns:
         self.timed = [] if every_call else [group.timed(embedding) for group in groups]
 
     def tensors(self) -> list[Tensor]:
-        """What differs from chain to chain; the wide weights are written in place."""
         return [self.embedding, *(part for parts in self.timed for part in parts)]
+
+    def advancing(self) -> list[Tensor]:
+        layers = [layer for group in self.groups for layer in group.layers]
+        return [x for layer in layers for x in layer.advancing()]
+
+    @property
+    def key(self) -> Any:
+        return id(self.groups), self.every_call, bool(self.advancing())
 
     def __call__(self, z: Sequence[Tensor]) -> Tensor:
         columns: dict[int, Tensor] = {}
@@ -195,9 +204,16 @@ class Wide(nn.Module):
             u, v = power_iteration(self.raw, self.u)
             self.u.copy_(u)
             self.v.copy_(v)
-            buffers = [x for each in self._layers for x in (each.weight_u, each.weight_v)]
-            torch._foreach_copy_(buffers, [x for pair in zip(u, v, strict=True) for x in pair])
+            _, _, *theirs = self.advancing()
+            torch._foreach_copy_(theirs, [x for pair in zip(u, v, strict=True) for x in pair])
         self._divide()
+
+    def advancing(self) -> list[Tensor]:
+        """What `normalise` changes, but for the weight that follows from it."""
+        if not (self.normalised and self._layers[0].training):
+            return []
+        theirs = [x for each in self._layers for x in (each.weight_u, each.weight_v)]
+        return [self.u, self.v, *theirs]
 
     def _divide(self) -> None:
         sigma = self.u.unsqueeze(1) @ self.raw @ self.v.unsqueeze(2)

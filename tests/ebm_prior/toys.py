@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ebm_prior.backbones.base import Moments
+from ebm_prior.energy import Columns
 from ebm_prior.latents import Layout
 from ebm_prior.schedule import at
 
@@ -169,7 +170,7 @@ class Energies(nn.Module):
         self.calls = 0
 
     def at(self, t):
-        return lambda z: self(z, t)
+        return Columns(self, t)
 
     def pair(self, z, t):
         halves = zip(*(part.chunk(2) for part in z), strict=True)

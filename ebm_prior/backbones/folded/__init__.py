@@ -23,6 +23,9 @@ class FoldedNVAE(NVAEBackbone):
 
     Args:
         steps: what the copy does, see there.
+
+    Attributes:
+        copies: how many have been made: what was captured of one does not serve another.
     """
 
     def __init__(
@@ -34,6 +37,7 @@ class FoldedNVAE(NVAEBackbone):
         steps: Steps,
     ) -> None:
         self.steps = steps
+        self.copies = 0
         self._walk: Walk | None = None
         self._made_of: Any = None
         super().__init__(model, bn_statistics, config=config)
@@ -58,6 +62,7 @@ class FoldedNVAE(NVAEBackbone):
         if self._walk is None:
             with torch.no_grad():
                 self._walk = Walk(self.model, self.steps)
+            self.copies += 1
         return self._walk
 
 

@@ -316,7 +316,7 @@ def test_a_stopped_run_goes_on_bit_for_bit(few: list[Tensor], tmp_path: Path) ->
 
 def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path) -> None:
     """kill -9 at whatever moment it is, of a process that saves after every second step."""
-    flags = dict(epochs=1, batch_size=50, save_every=2, max_steps=16)
+    flags = dict(epochs=1, batch_size=50, save_every=2, max_steps=8)
     chosen = {**TINY, **flags, "root": str(tmp_path), "resume": "auto"}
     words = [
         f"--{name}" if value is True else f"--{name}={value}" for name, value in chosen.items()

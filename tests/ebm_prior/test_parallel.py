@@ -82,6 +82,18 @@ def test_the_gradients_of_two_processes_are_the_mean_of_their_own(kind, tmp_path
         torch.testing.assert_close(state[name], value)
 
 
+def _average(rank):
+    with runtime.started("cpu"):
+        layer = torch.nn.Linear(1, 1, bias=False)
+        (layer.weight.sum() * (1 + rank)).backward()
+        parallel.average_gradients(layer)
+    assert layer.weight.grad.item() == 1.5
+
+
+def test_gradients_that_are_there_are_averaged_in_one_message():
+    together(_average)
+
+
 def _train(rank, out, steps):
     with runtime.started("cpu"):
         training = trainer(out, iterations=steps, prior={"width": 32})

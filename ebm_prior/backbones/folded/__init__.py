@@ -25,7 +25,7 @@ class FoldedNVAE(NVAEBackbone):
         steps: what the copy does, see there.
 
     Attributes:
-        copies: how many have been made: what was captured of one does not serve another.
+        copies: how many models have been seen: what was captured of one serves no other.
     """
 
     def __init__(
@@ -56,13 +56,13 @@ class FoldedNVAE(NVAEBackbone):
         now = _state(self.model)
         if now != self._made_of:
             self._walk, self._made_of = None, now
+            self.copies += 1
 
     def walk(self) -> Walk:
         """The frozen copy."""
         if self._walk is None:
             with torch.no_grad():
                 self._walk = Walk(self.model, self.steps)
-            self.copies += 1
         return self._walk
 
 

@@ -89,12 +89,26 @@ class Energy(nn.Module):
         return self.f(z, self.timed(time_embedding(t).to(z.dtype)))
 
 
-class _TimedNet(Energy):
-    """What variants A and B share: SiLU-first layers and dense residual pairs that see time."""
+class TimedNet(Energy):
+    """What variants A and B share: SiLU-first layers and dense residual pairs that see time.
+
+    Attributes:
+        forks: pairs of children that get the same input.
+        merged: for the first of a pair, a module that gives what both give, side by side.
+    """
+
+    forks: tuple[tuple[str, str], ...] = ()
 
     def __init__(self, spectral_norm: bool) -> None:
         super().__init__()
         self.spectral_norm = spectral_norm
+        self.merged: dict[str, nn.Module] = {}
+
+    def fork(self, first: str, second: str, x: Tensor) -> tuple[Tensor, ...]:
+        """What both children make of x; one of `forks`."""
+        if first in self.merged:
+            return self.merged[first](x).chunk(2, dim=1)
+        return self.get_submodule(first)(x), self.get_submodule(second)(x)
 
     def silu_linear(self, size_in: int, size_out: int) -> nn.Sequential:
         return nn.Sequential(nn.SiLU(), linear(size_in, size_out, self.spectral_norm))
@@ -118,12 +132,17 @@ class _TimedNet(Energy):
         self.add_module(f"{name}_short", self.silu_linear(size_in, size_out))
 
     def pair(self, name: str, v: Tensor, timed: Tensor) -> Tensor:
-        x, both, short = (self.get_submodule(f"{name}_{part}") for part in ("x", "all", "short"))
-        return both(x(v) + timed) + short(v)
+        x, short = self.fork(f"{name}_x", f"{name}_short", v)
+        return self.get_submodule(f"{name}_all")(x + timed) + short
 
 
-class ResidualBlock(_TimedNet):
+PAIRS = tuple((f"linear{i}_x", f"linear{i}_short") for i in (1, 2))
+
+
+class ResidualBlock(TimedNet):
     """y -> conv'(SiLU y) + conv3(SiLU(conv(SiLU y) + s)), half the size; s = Lin(SiLU e)."""
+
+    forks = (("conv2d_1", "conv2d_shortcut"),)
 
     def __init__(self, width: int, halve: tuple[bool, bool], spectral_norm: bool) -> None:
         super().__init__(spectral_norm)
@@ -136,16 +155,18 @@ class ResidualBlock(_TimedNet):
         return [self.linear(embedding)[..., None, None]]
 
     def f(self, z: Tensor, timed: list[Tensor]) -> Tensor:
-        g = self.conv2d_1(z) + timed[0]
-        return self.conv2d_shortcut(z) + self.conv2d_2(g)
+        g, short = self.fork("conv2d_1", "conv2d_shortcut", z)
+        return short + self.conv2d_2(g + timed[0])
 
 
-class ResidualEnergy(_TimedNet):
+class ResidualEnergy(TimedNet):
     """Variant A, the paper's for CIFAR-10: residual blocks down to 2x2, time enters everywhere.
 
     Args:
         shape: (C, H, W) of the layer; `width` is the contract's ch, published 128.
     """
+
+    forks = (("conv_start", "conv_short"), *PAIRS)
 
     def __init__(
         self,
@@ -181,18 +202,21 @@ class ResidualEnergy(_TimedNet):
     def f(self, z: Tensor, timed: list[Tensor]) -> Tensor:
         shift, start, *blocks, first, second = timed
         x = z + shift
-        y = self.conv_all(self.conv_start(x) + start) + self.conv_short(x)
+        g, short = self.fork("conv_start", "conv_short", x)
+        y = self.conv_all(g + start) + short
         for block, part in zip(self.res_blocks, blocks, strict=True):
             y = _energy(block).f(y, [part])
         return self.out(self.pair("linear2", self.pair("linear1", y.flatten(1), first), second))
 
 
-class ConvEnergy(_TimedNet):
+class ConvEnergy(TimedNet):
     """Variant B, the paper's for CelebA-HQ-256: plain convolutions to 4x4, time in the dense part.
 
     Args:
         shape: (C, H, W) of the layer; `width` is the contract's ch, published 64.
     """
+
+    forks = PAIRS
 
     def __init__(
         self,

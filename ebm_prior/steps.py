@@ -20,6 +20,7 @@ class Steps:
             memory for half as much work again.
         once: spectral norm and what the energies make of t, evaluated once per chain.
         group: energies of equal shape as one grouped network; on the CPU those that are small.
+        merge: layers of an energy that get the same input as one.
         graph: on CUDA, the step captured once and replayed.
         precision: `float32`, or `bf16` in the tower's cells; u, z, moments and energies stay
             float32. With bf16 the gradient is off by about 0.2%.
@@ -31,6 +32,7 @@ class Steps:
     recompute: bool = False
     once: bool = True
     group: bool = True
+    merge: bool = True
     graph: bool = True
     precision: str = "float32"
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ebm_prior.energy import Columns, Energy, EnergyNets, time_embedding
+from ebm_prior.energy import Columns, Energy, EnergyNets, TimedNet, time_embedding
 from ebm_prior.frozen.convolution import Convolution, Product
 from ebm_prior.spectral_norm import SpectralNorm, power_iteration
 from ebm_prior.steps import Steps
@@ -80,7 +80,8 @@ class WideEnergies(EnergyNets):
             shapes = tuple((name, tuple(x.shape)) for name, x in net.state_dict().items())
             alone = None if self.steps.group else i
             alike.setdefault((type(net), self.shapes[i], shapes, alone), []).append(i)
-        return [Group([self.layer(i) for i in which], which) for which in alike.values()]
+        merge = self.steps.merge
+        return [Group([self.layer(i) for i in which], which, merge) for which in alike.values()]
 
 
 class WideColumns(Columns):
@@ -126,9 +127,10 @@ class Group:
     Args:
         nets: the networks, whose weights are read by `read`.
         which: the layers that they are of.
+        merge: layers of the network that get the same input are one.
     """
 
-    def __init__(self, nets: Sequence[nn.Module], which: Sequence[int]) -> None:
+    def __init__(self, nets: Sequence[nn.Module], which: Sequence[int], merge: bool) -> None:
         self.which = list(which)
         net = copy.deepcopy(nets[0]).requires_grad_(False)
         assert isinstance(net, Energy)
@@ -140,6 +142,22 @@ class Group:
                 self.layers.append(wide([each.get_submodule(name) for each in nets]))
                 net.set_submodule(name, self.layers[-1])
         self.net, self.f = net, net.f
+        if merge:
+            for module in [m for m in net.modules() if isinstance(m, TimedNet)]:
+                for first, second in module.forks:
+                    self._merge(module, first, second)
+
+    def _merge(self, module: TimedNet, first: str, second: str) -> None:
+        """Put one layer in the place of two."""
+        children = [module.get_submodule(name) for name in (first, second)]
+        pair = [next(m for m in child.modules() if isinstance(m, Wide)) for child in children]
+        in_turn = zip(*(layer.sources for layer in pair), strict=True)
+        merged = type(pair[0])([source for both in in_turn for source in both], side_by_side=2)
+        self.layers = [layer for layer in self.layers if layer not in pair] + [merged]
+        activated = isinstance(children[0], nn.Sequential)
+        module.merged[first] = nn.Sequential(nn.SiLU(), merged) if activated else merged
+        for name in (first, second):
+            module.set_submodule(name, nn.Identity())  # neither is needed any more
 
     @property
     def weight(self) -> Tensor:
@@ -162,21 +180,27 @@ class Wide(nn.Module):
     """Layers of equal shape side by side; weight (n, out, in) with `in` times the kernel's size.
 
     The tensors stay where they are when they are read again: a captured graph keeps their place.
+
+    Args:
+        layers: one of each network, or several in turn.
+        side_by_side: how many each network has: they get the same input and give their outputs as
+            channels one beside the other.
     """
 
-    def __init__(self, layers: Sequence[nn.Module]) -> None:
+    def __init__(self, layers: Sequence[nn.Module], side_by_side: int = 1) -> None:
         super().__init__()
-        self._layers: tuple[Any, ...] = tuple(layers)  # a tuple hides them from registration
+        self.sources: tuple[Any, ...] = tuple(layers)  # a tuple hides them from registration
+        self.side_by_side = side_by_side
         self.normalised = isinstance(layers[0], SpectralNorm)
         self.kernel = self._source(layers[0]).shape[2:]
         self.weight = self._stacked([self._source(layer) for layer in layers])
         self.raw = torch.empty_like(self.weight) if self.normalised else self.weight
         self.bias: Tensor | None = None
-        if self._layers[0].bias is not None:
+        if self.sources[0].bias is not None:
             self.bias = self._stacked([layer.bias for layer in layers])
         if self.normalised:
-            self.u = torch.stack([layer.weight_u for layer in self._layers])
-            self.v = torch.stack([layer.weight_v for layer in self._layers])
+            self.u = torch.stack([layer.weight_u for layer in self.sources])
+            self.v = torch.stack([layer.weight_v for layer in self.sources])
 
     @staticmethod
     def _source(layer: Any) -> Tensor:
@@ -188,19 +212,19 @@ class Wide(nn.Module):
 
     def read(self) -> None:
         """Take the layers' weights, and normalise them with the vectors as they are."""
-        self.raw.copy_(self._stacked([self._source(layer) for layer in self._layers]))
+        self.raw.copy_(self._stacked([self._source(layer) for layer in self.sources]))
         if self.bias is not None:
-            self.bias.copy_(self._stacked([layer.bias for layer in self._layers]))
+            self.bias.copy_(self._stacked([layer.bias for layer in self.sources]))
         if self.normalised:
-            torch.stack([layer.weight_u for layer in self._layers], out=self.u)
-            torch.stack([layer.weight_v for layer in self._layers], out=self.v)
+            torch.stack([layer.weight_u for layer in self.sources], out=self.u)
+            torch.stack([layer.weight_v for layer in self.sources], out=self.v)
             self._divide()
 
     def normalise(self) -> None:
         """What a call of the layers does before it uses their weights."""
         if not self.normalised:
             return
-        if self._layers[0].training:
+        if self.sources[0].training:
             u, v = power_iteration(self.raw, self.u)
             self.u.copy_(u)
             self.v.copy_(v)
@@ -210,24 +234,31 @@ class Wide(nn.Module):
 
     def advancing(self) -> list[Tensor]:
         """What `normalise` changes, but for the weight that follows from it."""
-        if not (self.normalised and self._layers[0].training):
+        if not (self.normalised and self.sources[0].training):
             return []
-        theirs = [x for each in self._layers for x in (each.weight_u, each.weight_v)]
+        theirs = [x for each in self.sources for x in (each.weight_u, each.weight_v)]
         return [self.u, self.v, *theirs]
 
     def _divide(self) -> None:
         sigma = self.u.unsqueeze(1) @ self.raw @ self.v.unsqueeze(2)
         torch.div(self.raw, sigma, out=self.weight)
 
+    def kernels(self) -> tuple[Tensor, Tensor | None]:
+        """Weight (n, out, in) and bias (n, out) of n networks, all of a network's layers."""
+        shape = (-1, self.side_by_side)
+        weight = self.weight.unflatten(0, shape).flatten(1, 2)
+        return weight, None if self.bias is None else self.bias.unflatten(0, shape).flatten(1)
+
 
 class WideLinear(Wide):
     """(n B, in) -> (n B, out): a batch of n matrix products."""
 
     def forward(self, x: Tensor) -> Tensor:
-        x, matrices = x.unflatten(0, (len(self.weight), -1)), self.weight.transpose(1, 2)
-        if self.bias is None:
+        weight, bias = self.kernels()
+        x, matrices = x.unflatten(0, (len(weight), -1)), weight.transpose(1, 2)
+        if bias is None:
             return (x @ matrices).flatten(0, 1)
-        return torch.baddbmm(self.bias.unsqueeze(1), x, matrices).flatten(0, 1)
+        return torch.baddbmm(bias.unsqueeze(1), x, matrices).flatten(0, 1)
 
 
 class WideConv2d(Wide):
@@ -238,13 +269,14 @@ class WideConv2d(Wide):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        like = self._layers[0]
+        like = self.sources[0]
         assert like.groups == 1
         assert set(like.dilation) == {1}
-        weight = self.weight.unflatten(2, (-1, *self.kernel))
+        weight, bias = self.kernels()
+        weight = weight.unflatten(2, (-1, *self.kernel))
         n, out = weight.shape[:2]
         sides = zip(x.shape[2:], self.kernel, like.stride, like.padding, strict=True)
         pixels = math.prod((side + 2 * p - k) // s + 1 for side, k, s, p in sides)
         product = x.device.type == "cpu" and len(x) // n * pixels <= out
         how = Product if product else Convolution
-        return how.apply(x, weight, self.bias, like.stride, like.padding)
+        return how.apply(x, weight, bias, like.stride, like.padding)

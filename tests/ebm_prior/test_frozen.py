@@ -63,7 +63,7 @@ def u(generator):
 def test_energies_side_by_side_are_the_networks_own(network, spectral_norm, u, generator):
     prior = make(network, spectral_norm)
     t = torch.tensor([0, 1, 2])
-    for steps in (Steps(), Steps(group=False), Steps(once=False)):
+    for steps in (Steps(), Steps(group=False), Steps(once=False), Steps(merge=False)):
         quick = fast(prior, steps)
         ours, theirs = (p.log_density(t, 0.9 * u).with_gradient(u) for p in (quick, prior))
         torch.testing.assert_close(ours, theirs, rtol=1e-11, atol=1e-11)

@@ -8,7 +8,7 @@ norm of the energies, so one call more or less is another algorithm.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -33,6 +33,15 @@ class Sampler(Protocol):
         mask: Tensor | None = None,
         callback: Callable[[int, State, Info], None] | None = None,
     ) -> Tensor: ...
+
+
+@runtime_checkable
+class PerIndex(Protocol):
+    """A sampler with settings of its own for every diffusion index."""
+
+    def at(self, t: int | Tensor) -> Sampler:
+        """The sampler of one index, or of each sample's own, (B,)."""
+        ...
 
 
 class State(NamedTuple):

@@ -121,7 +121,8 @@ class EBMPrior(Prior):
 
     Attributes:
         energies: the trainable part, (z, t) -> (B, L); coupled layers give a column per class.
-        sampler: what runs a chain on the conditional: `langevin.run`, or another like it.
+        sampler: what runs a chain on the conditional: `langevin.run`, or another like it, also
+            one for every diffusion index.
         coupling: what makes f and the classes' logits of those columns.
     """
 
@@ -131,7 +132,7 @@ class EBMPrior(Prior):
         self.step_sizes = self.schedule.step_size(config.b2, config.step_rule)  # e2(t), (N,)
         self.coupling = Coupling(len(config.shapes), config.attributes, config.per_layer_classes)
         self.energies: Any = self.networks(config)
-        self.sampler: langevin.Sampler = langevin.run
+        self.sampler: langevin.Sampler | langevin.PerIndex = langevin.run
         self.eval()
 
     @classmethod
@@ -255,8 +256,10 @@ class EBMPrior(Prior):
         log_density = self.log_density(
             t, u_next, labels=labels, guidance=guidance, zero_energy=zero_energy
         )
+        sampler = self.sampler
         with frozen(self.energies):
-            return self.sampler(
+            run = sampler.at(t) if isinstance(sampler, langevin.PerIndex) else sampler
+            return run(
                 u_next if init is None else init,
                 log_density,
                 step_size=at(self.step_sizes, self._index(t, u_next), u_next).squeeze(1),

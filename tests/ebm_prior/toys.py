@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import nn
 
 from ebm_prior.backbones.base import Moments
-from ebm_prior.energy import Columns
 from ebm_prior.latents import Layout
-from ebm_prior.schedule import at
+from ebm_prior.testbed import EightModes as EightModes
+from ebm_prior.testbed import Energies as Energies
+from ebm_prior.testbed import energy_distance as energy_distance
 
 
 class LinearGaussian:
@@ -101,82 +101,3 @@ class ExplicitHierarchy:
 
     def infer(self, x, generator=None):
         raise NotImplementedError("the goldens give posterior draws")
-
-
-class EightModes:
-    """Two layers of 2; in u, eight equal Gaussians of deviation 0.3."""
-
-    layout = Layout(((2,), (2,)))
-
-    def __init__(self):
-        angle = (torch.arange(4) * 90 + 45).deg2rad().double()
-        sign = torch.tensor([1.0, -1.0, 1.0, -1.0]).double()
-        top = 1.1 * torch.stack([angle.cos(), angle.sin()], dim=1)
-        self.means = torch.cat(
-            [torch.cat([top, 0.9 * s * torch.stack([sign**0, sign], 1)], 1) for s in (1.0, -1.0)]
-        )
-
-    def to_z(self, u, temperature=1.0):
-        top, low = self.layout.split(temperature * u)
-        return [top, 0.6 * top.flip(1) + (0.5 + 0.5 * top.sigmoid()) * low]
-
-    def to_u(self, z):
-        top, low = z
-        return self.layout.join([top, (low - 0.6 * top.flip(1)) / (0.5 + 0.5 * top.sigmoid())])
-
-    def moments(self, z):
-        top, _ = z
-        low = Moments(0.6 * top.flip(1), 0.5 + 0.5 * top.sigmoid(), top)
-        return [Moments(torch.zeros_like(top), torch.ones_like(top), None), low]
-
-    def draw(self, n, generator):
-        modes = torch.randint(8, (n,), generator=generator)
-        return self.means[modes] + 0.3 * torch.randn(n, 4, generator=generator).double()
-
-    def oracle(self, schedule, classes=1):
-        """F*[y](z, t) = log q_t(u, y) + |u|^2/2 + const, given to the bottom layer.
-
-        Mode m is of class m % classes: 4 are the corners, 1 is the log-sum-exp over all.
-        """
-
-        def f(z, t):
-            u = self.to_u(z)
-            a = at(schedule.alpha_bar, t, u)
-            v = 0.09 * a**2 + 1 - a**2
-            off = (u.unsqueeze(1) - a.unsqueeze(2) * self.means).square().sum(2) / (2 * v)
-            log_q = torch.logsumexp(-off.unflatten(1, (-1, classes)), dim=1) - 2 * v.log()
-            total = log_q + 0.5 * u.square().sum(1, keepdim=True)
-            return torch.cat([torch.zeros_like(total[:, :1]), total], dim=1)
-
-        return f
-
-
-def energy_distance(x, y):
-    """2 E|X-Y| - E|X-X'| - E|Y-Y'|, unbiased."""
-
-    def within(a):
-        return torch.pdist(a).mean()
-
-    return float(2 * torch.cdist(x, y).mean() - within(x) - within(y))
-
-
-class Energies(nn.Module):
-    """Energies given by a function (z, t) -> (B, L), in the networks' place."""
-
-    def __init__(self, function, dtype=torch.float64):
-        super().__init__()
-        self.function = function
-        self.weight = nn.Parameter(torch.zeros((), dtype=dtype))  # tells device and precision
-        self.calls = 0
-
-    def at(self, t):
-        return Columns(self, t)
-
-    def pair(self, z, t):
-        halves = zip(*(part.chunk(2) for part in z), strict=True)
-        first, second = (self(half, t) for half in halves)
-        return first, second
-
-    def forward(self, z, t):
-        self.calls += 1
-        return self.function(z, t) + 0 * self.weight + 0 * z[0].flatten(1)[:, :1]

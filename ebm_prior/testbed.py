@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ebm_prior.backbones.base import Moments
 from ebm_prior.config import PriorConfig
+from ebm_prior.energy import Columns
 from ebm_prior.latents import Layout
 from ebm_prior.prior import EBMPrior
 from ebm_prior.schedule import Schedule, at
@@ -93,8 +94,12 @@ class Energies(nn.Module):
         self.weight = nn.Parameter(torch.zeros((), dtype=dtype))  # tells device and precision
         self.calls = 0
 
-    def at(self, t: Tensor) -> Callable[[list[Tensor]], Tensor]:
-        return lambda z: self(z, t)
+    def at(self, t: Tensor) -> Columns:
+        return Columns(self, t)
+
+    def pair(self, z: list[Tensor], t: Tensor) -> tuple[Tensor, Tensor]:
+        first, second = (self([part.chunk(2)[i] for part in z], t) for i in (0, 1))
+        return first, second
 
     def forward(self, z: list[Tensor], t: Tensor) -> Tensor:
         self.calls += 1

@@ -267,7 +267,7 @@ def test_the_fast_path_draws_what_the_plain_one_does_and_bf16_nearly(run, vae_fi
         found[name] = np.load(tmp_path / name / "samples.npz")["samples"]
         protocol = json.loads((tmp_path / name / "report.json").read_text())["protocol"]
         assert (
-            protocol["chain"]
+            protocol["path"]
             == {
                 "plain": "plain",
                 "fast": "fast, float32",

@@ -7,6 +7,7 @@ import math
 
 from ebm_prior.commands.shared import arguments
 from ebm_prior.commands.shared.measure_arguments import add_measure, check_measure
+from ebm_prior.commands.shared.sampler import add_sampler
 
 HELP = "FID, KID and IS of priors, controls and reconstructions in one report"
 USAGE = "%(prog)s --checkpoint FILE --prior FILE [FILE ...] --out FOLDER [options]"
@@ -81,6 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="never",
         help="auto: keep the rows that OUT holds of the same settings (default: draw all anew)",
     )
+    add_sampler(parser)
     add_measure(parser)
     arguments.add_running(parser)
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ebm_prior.base import Prior
 from ebm_prior.commands.evaluate import LARGEST_FIT
+from ebm_prior.commands.shared import sampler
 from ebm_prior.commands.shared.rows import Row, drawn_by, gaussian_row
 from ebm_prior.commands.shared.session import Job
 from ebm_prior.commands.shared.subset import Images, draws_of, posterior
@@ -44,33 +45,44 @@ def all_rows(job: Job, images: Images | None) -> list[Row]:
     """
     args = job.args
     priors = [job.open_prior(path) for path in args.prior]
+    drawing = [_chain(job, prior) for prior in priors]
     first = priors[0] if priors else None
     backbone = first.backbone if first else job.backbone
     rows = [gaussian_row(job, backbone)]
     if args.controls is not False:
-        rows += _chains(priors)
+        rows += _chains(priors, drawing)
         given = any(prior.config.kind == "fitted" for prior in priors)
         dim = backbone.layout.dim
         if images is not None and not given and (args.controls or _fits(images, dim)):
             rows.append(_fitted(replace(job, prior=first), images))
-    for path, prior in zip(args.prior, priors, strict=True):
+    for path, prior, chain in zip(args.prior, priors, drawing, strict=True):
         name, label = KINDS[prior.config.kind]
         facts = {"prior": str(path), "sha256": sha256(path), "config": prior.config.to_dict()}
-        rows.append(Row(name, label, drawn_by(prior), prior.backbone, name, prior, facts))
+        facts |= {**chain, **sampler.described(prior)}
+        draw = drawn_by(prior, **chain)
+        rows.append(Row(name, label, draw, prior.backbone, name, prior, facts))
     if args.reconstruction and images is not None:
         rows.append(_reconstructions(images, job.here.device, backbone))
     return _told_apart(rows)
 
 
-def _chains(priors: Sequence[Prior]) -> list[Row]:
+def _chain(job: Job, prior: Prior) -> dict[str, Any]:
+    """Give a diffusion prior the sampler and the steps that were asked for; others have none."""
+    if prior.config.kind != "diffusion":
+        return {}
+    return sampler.choose(prior, job.args.sampler, job.args.num_steps, job.batch_size)
+
+
+def _chains(priors: Sequence[Prior], drawing: Sequence[dict[str, Any]]) -> list[Row]:
     """The chain of every diffusion prior with f = 0; chains of equal settings are one row."""
     rows: dict[str, Row] = {}
-    for prior in priors:
+    for prior, chain in zip(priors, drawing, strict=True):
         if prior.config.kind != "diffusion":
             continue
         names = ("max_T", "num_steps", "b2", "step_rule", "last_step_kernel")
         facts = {name: getattr(prior.config, name) for name in names}
-        draw = drawn_by(prior, zero_energy=True)
+        facts |= {**chain, **sampler.described(prior)}
+        draw = drawn_by(prior, **chain, zero_energy=True)
         name = "no_model_chain"
         row = Row(name, "chain, f = 0", draw, prior.backbone, name, facts=facts)
         rows.setdefault(json.dumps(facts), row)

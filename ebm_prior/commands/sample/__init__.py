@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ebm_prior.commands.shared import arguments, speed
+from ebm_prior.commands.shared.sampler import add_sampler
 
 HELP = "draw images from a trained prior"
 USAGE = "%(prog)s --checkpoint FILE --prior FILE --out FOLDER [options]"
@@ -28,7 +29,11 @@ examples:
 
   images of one class, from a prior trained with labels:
     python -m ebm_prior sample --checkpoint checkpoint.pt --prior prior.safetensors \\
-        --set class=3 --out samples"""
+        --set class=3 --out samples
+
+  a prior trained with energy_scale none, by the second sampler:
+    python -m ebm_prior sample --checkpoint ebm_prior/assets/digits-nvae.pt \\
+        --prior runs/demo/prior.safetensors --sampler ou-mala --num_steps 4 --out samples"""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -96,6 +101,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="auto: go on where a killed run of the same command stopped; without one, begin"
         " (%(default)s)",
     )
+    add_sampler(parser)
     arguments.add_running(parser, batch_size=16)
 
 
@@ -111,6 +117,8 @@ class Settings:
     set: list[str]
     guidance: float
     label_steps: int | None
+    sampler: str
+    num_steps: int | None
     seed: int
     batch_size: int
     format: str

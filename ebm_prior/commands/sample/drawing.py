@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from ebm_prior import checkpoint, parallel
 from ebm_prior.base import Prior
 from ebm_prior.commands.sample import Settings
 from ebm_prior.commands.sample.table import Blocks, Table
-from ebm_prior.commands.shared import labels, speed
+from ebm_prior.commands.shared import labels, sampler, speed
 from ebm_prior.commands.shared.arguments import assignments
 from ebm_prior.config import PriorConfig
 from ebm_prior.seeds import seeded
@@ -69,6 +69,29 @@ class Drawing:
     labels: list[int] | None
     here: runtime.Runtime
     steps: Steps | None
+    drawing: dict[str, Any] = field(init=False)  # what all blocks' `sample_u` is given
+
+    def __post_init__(self) -> None:
+        settings, further = self.settings, {}
+        if self.labels is not None:
+            further = {"guidance": settings.guidance}
+            if settings.label_steps is not None:
+                further["label_steps"] = settings.label_steps
+        asked = self.asked(1)
+        self.drawing = further | sampler.choose(
+            self.prior,
+            settings.sampler,
+            settings.num_steps,
+            settings.batch_size,
+            labels=asked,
+            **further,
+        )
+
+    def asked(self, count: int) -> Tensor | None:
+        """The labels of so many images, (count, attributes), if there are any."""
+        if self.labels is None:
+            return None
+        return torch.tensor(self.labels, device=self.prior.device).expand(count, -1)
 
     def all(self, image_shape: tuple[int, int, int]) -> None:
         """Draw and write everything."""
@@ -142,12 +165,9 @@ class Drawing:
         """
         settings, device = self.settings, self.prior.device
         generator = seeded(device, settings.seed, first)
-        further: dict[str, Any] = {}
+        further = dict(self.drawing)
         if self.labels is not None:
-            asked = torch.tensor(self.labels, device=device).expand(count, -1)
-            further = {"labels": asked, "guidance": settings.guidance}
-            if settings.label_steps is not None:
-                further["label_steps"] = settings.label_steps
+            further["labels"] = self.asked(count)
         states: dict[int, Tensor] = {}  # u_N .. u_0
         u = self.prior.sample_u(count, generator=generator, callback=states.__setitem__, **further)
         batch = self.prior.backbone.decode(u, settings.temperature, generator).float().cpu()
@@ -224,15 +244,17 @@ class Drawing:
         free = {"device", "resume", "out", "checkpoint", "prior"}
         free |= {"recompute", "plain", "precision"}  # the last as it came out, below
         same = {name: value for name, value in asdict(self.settings).items() if name not in free}
+        file = {"prior_sha256": sha256(self.settings.prior)}
         precision = "float32" if self.steps is None else self.steps.precision
-        return {**same, "precision": precision, "prior_sha256": sha256(self.settings.prior)}
+        return {**same, **file, "precision": precision, **sampler.described(self.prior)}
 
     def protocol(self) -> dict[str, Any]:
         """What the images were made of and with."""
         file = checkpoint.read(self.settings.prior)
         return {
             **asdict(self.settings),
-            "chain": speed.told(self.steps),
+            "path": speed.told(self.steps),
+            **sampler.described(self.prior),
             "sha256": {name: sha256(getattr(self.settings, name)) for name in FILES},
             "backbone": file.fingerprint,
             "prior_step": file.step,

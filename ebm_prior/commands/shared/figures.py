@@ -72,6 +72,37 @@ def lines(
     _save(path, figure)
 
 
+def curves(
+    path: Path,
+    panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    title: str,
+    hline: Mapping[str, float] | None = None,
+) -> None:
+    """Panels of curves with an x of their own, on a logarithmic axis.
+
+    Args:
+        panels: title -> label of a curve -> its points (x, y), x positive.
+        hline: title of a panel -> a level, dashed.
+    """
+    figure, all_axes = _figure(len(panels), title)
+    for axes, (name, points) in zip(all_axes, panels.items(), strict=True):
+        for i, (label, pairs) in enumerate(points.items()):
+            x, y = zip(*sorted(pairs), strict=True)
+            colour, mark = COLOURS[i % len(COLOURS)], MARKS[i % len(MARKS)]
+            axes.plot(x, y, color=colour, marker=mark, markersize=4, label=label)
+        if hline and name in hline:
+            axes.axhline(hline[name], color="0.35", linestyle="--", linewidth=1.2)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(ticks := [2**i for i in range(1, 9)], [str(tick) for tick in ticks])
+        axes.set(title=name, xlabel=xlabel, ylabel=ylabel)
+        axes.grid(alpha=0.3)
+        _legend(axes)
+    _save(path, figure)
+
+
 def histograms(
     path: Path, panels: Mapping[str, Mapping[str, Values]], *, xlabel: str, title: str
 ) -> None:

@@ -205,7 +205,7 @@ class Job:
             "backbone": self.backbone.fingerprint(),
             "seconds": round(time.perf_counter() - self.started, 1),
             "device": str(self.here.device),
-            "chain": speed.told(speed.steps_of(self.args, self.here.device)),
+            "path": speed.told(speed.steps_of(self.args, self.here.device)),
             "versions": {"torch": torch.__version__, "python": platform.python_version()},
             **provenance(),
             **(protocol or {}),

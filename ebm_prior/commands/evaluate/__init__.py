@@ -7,7 +7,7 @@ import math
 
 from ebm_prior.commands.shared import arguments
 from ebm_prior.commands.shared.measure_arguments import add_measure, check_measure
-from ebm_prior.commands.shared.sampler import add_sampler
+from ebm_prior.commands.shared.sampler import add_sampler, check_sampler
 
 HELP = "FID, KID and IS of priors, controls and reconstructions in one report"
 USAGE = "%(prog)s --checkpoint FILE --prior FILE [FILE ...] --out FOLDER [options]"
@@ -91,6 +91,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure all rows; write report and pictures."""
     arguments.check_inputs(args)
     check_measure(args)
+    check_sampler(args)
     args.seeds = args.seeds or [args.seed]
     if len(set(args.seeds)) < len(args.seeds) or min(args.seeds) < 0:
         raise ValueError(f"--seeds {args.seeds}: expected different numbers from 0 on")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ebm_prior.commands.shared import arguments, speed
-from ebm_prior.commands.shared.sampler import add_sampler
+from ebm_prior.commands.shared.sampler import add_sampler, check_sampler
 
 HELP = "draw images from a trained prior"
 USAGE = "%(prog)s --checkpoint FILE --prior FILE --out FOLDER [options]"
@@ -164,6 +164,7 @@ class Settings:
 def run(args: argparse.Namespace) -> int:
     """Draw and write the images."""
     arguments.check_inputs(args)
+    check_sampler(args)
     values = {name: getattr(args, name) for name in Settings.__dataclass_fields__}
     settings = Settings(**values)
     if arguments.dry_run(args):

@@ -91,9 +91,7 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"--{name} {getattr(args, name)}: expected at least 2")
     if (args.checkpoint is None) != (args.prior is None):
         raise ValueError("--checkpoint and --prior belong together; give both or none")
-    steps, args.num_steps = args.num_steps, None  # a list here, one number elsewhere
     arguments.check_inputs(args)
-    args.num_steps = steps
     check_measure(args)
     if arguments.dry_run(args):
         return 0

@@ -11,7 +11,7 @@ from pathlib import Path
 from ebm_prior.commands.shared import speed
 
 NOT_SETTINGS = ("command", "run", "dry_run")
-AT_LEAST = {"batch_size": 1, "seed": 0, "max_images": 1, "num_samples": 1, "num_steps": 1}
+AT_LEAST = {"batch_size": 1, "seed": 0, "max_images": 1, "num_samples": 1}
 
 
 def add_inputs(parser: argparse.ArgumentParser, *, prior: bool = True) -> None:

@@ -32,6 +32,16 @@ def add_sampler(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def check_sampler(args: argparse.Namespace) -> None:
+    """Refuse a chain without steps.
+
+    Raises:
+        ValueError: one line that names the flag.
+    """
+    if args.num_steps is not None and args.num_steps < 1:
+        raise ValueError(f"--num_steps {args.num_steps}: expected at least 1")
+
+
 def choose(
     prior: Prior, sampler: str, num_steps: int | None, chains: int, **labelled: Any
 ) -> dict[str, Any]:

@@ -56,6 +56,7 @@ class Plain:
 
     def advance(self, num_steps: int, *, eager: bool = False) -> None:
         sampler = langevin.run if eager else self.prior.sampler
+        assert not isinstance(sampler, langevin.PerIndex)
         self.u = sampler(
             self.u,
             self.density,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,10 +23,12 @@ class Tape:
 
     Args:
         keep: False for a forward pass without a backward one: nothing is kept.
+        scratch: of another tape, to share.
     """
 
-    def __init__(self, keep: bool = True) -> None:
+    def __init__(self, keep: bool = True, scratch: dict[Any, Tensor] | None = None) -> None:
         self.keep = keep
+        self.scratch = {} if scratch is None else scratch
         self._kept: list[Tensor] = []
 
     def put(self, *tensors: Tensor) -> None:
@@ -34,6 +37,16 @@ class Tape:
 
     def take(self) -> Tensor:
         return self._kept.pop()
+
+    def passing(self, like: Tensor) -> Tensor:
+        """A tensor like this one for what the next stage uses up: always the same, still cached.
+
+        Its content lasts until another of its shape is asked for.
+        """
+        key = like.shape, like.dtype
+        if key not in self.scratch:
+            self.scratch[key] = torch.empty_like(like)
+        return self.scratch[key]
 
 
 class Stage(ABC):
@@ -76,10 +89,10 @@ class Recomputed(Stage):
 
     def forward(self, x: Tensor, tape: Tape) -> Tensor:
         tape.put(x)
-        return self.stage.forward(x, Tape(keep=False))
+        return self.stage.forward(x, Tape(keep=False, scratch=tape.scratch))
 
     def backward(self, dy: Tensor, tape: Tape) -> Tensor:
-        again = Tape()
+        again = Tape(scratch=tape.scratch)
         self.stage.forward(tape.take(), again)
         return self.stage.backward(dy, again)
 
@@ -153,7 +166,7 @@ class Silu(Stage):
 
     def forward(self, x: Tensor, tape: Tape) -> Tensor:
         tape.put(x)
-        return F.silu(x)
+        return aten.silu.out(x, out=tape.passing(x))
 
     def backward(self, dy: Tensor, tape: Tape) -> Tensor:
         return aten.silu_backward(dy, tape.take(), grad_input=dy)

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ebm_prior.backbones.folded.walk import Walk
 from ebm_prior.backbones.top_down import TopDown
 from ebm_prior.fingerprint import fingerprint
 from ebm_prior.latents import Layout
@@ -32,6 +34,13 @@ class NVAEBackbone(TopDown):
         bn_statistics: entries `<layer>.running_mean`, `.running_var`, `.num_batches_tracked` of
             its state dict, to use in place of the model's.
         config: what the model is; None asks the model, which is then to be an `AutoEncoder`.
+        steps: run T at temperature 1 on a frozen copy, the same to rounding, differentiable once;
+            None is the plain walk. The copy is made when it is first needed, and anew after a
+            `refresh` that finds other weights or statistics: call it when the model has been
+            changed in place.
+
+    Attributes:
+        copies: how many models have been seen: what was captured of one serves no other.
     """
 
     def __init__(
@@ -40,6 +49,7 @@ class NVAEBackbone(TopDown):
         bn_statistics: Mapping[str, Tensor] | None = None,
         *,
         config: ModelConfig | None = None,
+        steps: Steps | None = None,
     ) -> None:
         if config is None:
             if not isinstance(model, AutoEncoder):
@@ -48,10 +58,13 @@ class NVAEBackbone(TopDown):
                     f" {type(model).__name__}; for a live upstream model use ebm_prior.attach"
                 )
             config = model.config
-        self.live, self.config = model, config
+        self.live, self.config, self.steps = model, config, steps
         self.model = _view(model, config)
         self.layout = Layout(tuple(config.latent_shapes))
         self.bn_statistics = _checked(self.model, bn_statistics)
+        self.copies = 0
+        self._walk: Walk | None = None
+        self._seen: list[Any] | None = None
         self.refresh()
 
     @property
@@ -64,13 +77,25 @@ class NVAEBackbone(TopDown):
 
     def with_bn_statistics(self, statistics: Mapping[str, Tensor] | None) -> NVAEBackbone:
         """A view of the same model with other BatchNorm statistics, or its own again (None)."""
-        return NVAEBackbone(self.live, statistics, config=self.config)
+        return NVAEBackbone(self.live, statistics, config=self.config, steps=self.steps)
 
     def folded(self, steps: Steps) -> NVAEBackbone:
-        """The same backbone with its map T on a frozen copy: `backbones.folded`."""
-        from ebm_prior.backbones.folded import FoldedNVAE
+        """A view of the same model with its map T on a frozen copy."""
+        return NVAEBackbone(self.live, self.bn_statistics, config=self.config, steps=steps)
 
-        return FoldedNVAE(self.live, self.bn_statistics, config=self.config, steps=steps)
+    def to_z(self, u: Tensor, temperature: float = 1.0) -> list[Tensor]:
+        """T: u (B, D) -> z, top first; differentiable in u, on a frozen copy once."""
+        if self.steps is None or temperature != 1:
+            return super().to_z(u, temperature)
+        return self.layout.split(self.walk()(u))
+
+    @torch.no_grad()
+    def walk(self) -> Walk:
+        """The frozen copy."""
+        assert self.steps is not None
+        if self._walk is None:
+            self._walk = Walk(self.model, self.steps)
+        return self._walk
 
     def readjust_bn(
         self,
@@ -111,6 +136,10 @@ class NVAEBackbone(TopDown):
                 current = now.get(prefix + name, buffer).to(device)
                 if not _same(buffer, current):
                     setattr(module, name, current)
+        seen = None if self.steps is None else _state(self.model)
+        if seen != self._seen:
+            self._walk, self._seen = None, seen
+            self.copies += 1
 
     @torch.no_grad()
     def infer(self, x: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -180,6 +209,18 @@ def _view(live: nn.Module, config: ModelConfig) -> AutoEncoder:
             f" ({' '.join(str(error).split())[:300]}); give the args of its own checkpoint"
         ) from None
     return view.requires_grad_(False).eval()
+
+
+def _state(model: nn.Module) -> list[Any]:
+    """What changes when a weight or a statistic does, without reading them all.
+
+    PyTorch counts the changes of a tensor in place, but for those of BatchNorm's statistics, which
+    come with one of their own counter of batches.
+    """
+    tensors = [*model.parameters(), *model.buffers()]
+    batches = [b for name, b in model.named_buffers() if name.endswith("num_batches_tracked")]
+    counts = torch.stack(batches).tolist() if batches else []
+    return [*((x.data_ptr(), x._version) for x in tensors), *counts]
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -11,7 +11,7 @@ caller's state before a chain and gives it back after, so that the draws are tho
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -45,35 +45,27 @@ class Replayed:
         step_size: float | Tensor,
         num_steps: int,
         generator: torch.Generator | None = None,
-        noise: Iterable[Tensor] | None = None,
         mask: Tensor | None = None,
-        callback: Callable[[int, langevin.State, langevin.Info], None] | None = None,
+        **watched: Any,
     ) -> Tensor:
-        watched = noise is not None or callback is not None
-        if watched or not _suits(u, log_density, generator) or self._refused:
-            return langevin.run(
-                u,
-                log_density,
-                step_size=step_size,
-                num_steps=num_steps,
-                generator=generator,
-                noise=noise,
-                mask=mask,
-                callback=callback,
-            )
-        assert isinstance(log_density, Conditional)
-        chain = _Chain(langevin.init(u).u, log_density, _per_sample(step_size, u), mask)
-        captured = self._found(chain)
-        if captured is None:
-            return self(
-                u,
-                log_density,
-                step_size=step_size,
-                num_steps=num_steps,
-                generator=generator,
-                mask=mask,
-            )
-        return captured.run(chain, num_steps, generator)
+        """The last state; `watched` are the `noise` and `callback` of `langevin.run`."""
+        captured = None
+        alone = all(each is None for each in watched.values())
+        if alone and not self._refused and _suits(u, log_density, generator):
+            assert isinstance(log_density, Conditional)
+            chain = _Chain(langevin.init(u).u, log_density, _per_sample(step_size, u), mask)
+            captured = self._found(chain)
+        if captured is not None:
+            return captured.run(chain, num_steps, generator)
+        return langevin.run(
+            u,
+            log_density,
+            step_size=step_size,
+            num_steps=num_steps,
+            generator=generator,
+            mask=mask,
+            **watched,
+        )
 
     def _found(self, chain: _Chain) -> _Captured | None:
         """The graph for a chain, captured now if there is none; None if that fails."""

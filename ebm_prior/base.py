@@ -86,6 +86,12 @@ class Prior(nn.Module, ABC):
     def backbone(self) -> Backbone:
         return self._held[0]
 
+    def refresh_backbone(self) -> None:
+        """Have a backbone that keeps copies of its weights look whether they are still so."""
+        refresh = getattr(self.backbone, "refresh", None)
+        if refresh is not None:
+            refresh()
+
     def on(self: Same, backbone: Backbone) -> Same:
         """The same prior, its learned part shared, on another view of the same VAE."""
         _check_shapes(self.config, backbone)

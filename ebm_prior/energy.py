@@ -363,6 +363,10 @@ class Columns:
         """What differs from one chain to the next of the same `key`."""
         return [self.t]
 
+    def own(self) -> Columns:
+        """The same on tensors that nobody else has."""
+        return Columns(self.nets, self.t.clone())
+
     def advancing(self) -> list[Tensor]:
         """What a call changes: the vectors of spectral norm in train mode."""
         return list(self.nets.buffers())

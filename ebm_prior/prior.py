@@ -306,6 +306,7 @@ class EBMPrior(Prior):
             self.coupling.check_classes(labels)
             labelled = self.label_steps(label_steps)
         with in_mode(self.energies, training=False), plain_numbers(self.device.type):
+            self.refresh_backbone()
             u = langevin.standard_normal(self.weight.new_empty(num, self.layout.dim), generator)
             if callback is not None:
                 callback(max_T, u)

@@ -16,14 +16,14 @@ class Steps:
             only what it needs; the next three are of these stages.
         fold: BatchNorm in the neighbouring convolutions where no activation lies between.
         commute: what acts pixel by pixel before an up-sampling instead of behind it.
-        recompute: keep each cell's input alone and run its forward pass twice: a tenth of the
-            memory for half as much work again.
+        recompute: keep each cell's input alone and run its forward pass twice: a fifth to an
+            eighth of the memory for half as much work again (docs/performance.md).
         once: spectral norm and what the energies make of t, evaluated once per chain.
-        group: energies of equal shape as one grouped network; on the CPU those that are small.
+        group: energies of equal shape as one network.
         merge: layers of an energy that get the same input as one.
         graph: on CUDA, the step captured once and replayed.
         precision: `float32`, or `bf16` in the tower's cells; u, z, moments and energies stay
-            float32. With bf16 the gradient is off by about 0.2%.
+            float32. The gradient is then off by 0.1 to 0.2% (docs/performance.md).
     """
 
     tower: bool = True

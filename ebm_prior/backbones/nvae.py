@@ -94,7 +94,8 @@ class NVAEBackbone(TopDown):
         """The frozen copy."""
         assert self.steps is not None
         if self._walk is None:
-            self._walk = Walk(self.model, self.steps)
+            with torch.inference_mode(False):  # it is kept, for chains that need gradients too
+                self._walk = Walk(self.model, self.steps)
         return self._walk
 
     def readjust_bn(
@@ -128,9 +129,11 @@ class NVAEBackbone(TopDown):
         device = now["prior_ftr0"].device
         for layer, module in self.model.named_modules(remove_duplicate=False):
             prefix = f"{layer}." if layer else ""
-            for name, parameter in module.named_parameters(recurse=False):
+            for name, parameter in _parameters(module):
                 if not _same(parameter, now[prefix + name]):
-                    parameter.data = now[prefix + name]
+                    # A parameter of its own, not `data` of the old one: with what counts changes.
+                    another = nn.Parameter(now[prefix + name], requires_grad=False)
+                    setattr(module, name, another)
             for name, buffer in module.named_buffers(recurse=False):
                 # The masks of the flows are in no state dict: those of the view stay, and move.
                 current = now.get(prefix + name, buffer).to(device)
@@ -212,15 +215,19 @@ def _view(live: nn.Module, config: ModelConfig) -> AutoEncoder:
 
 
 def _state(model: nn.Module) -> list[Any]:
-    """What changes when a weight or a statistic does, without reading them all.
+    """What changes when a weight or a statistic does.
 
-    PyTorch counts the changes of a tensor in place, but for those of BatchNorm's statistics, which
-    come with one of their own counter of batches.
+    PyTorch counts the changes of a tensor in place, but neither those of BatchNorm's statistics
+    nor those that fused optimisers make: their norms tell.
     """
-    tensors = [*model.parameters(), *model.buffers()]
-    batches = [b for name, b in model.named_buffers() if name.endswith("num_batches_tracked")]
-    counts = torch.stack(batches).tolist() if batches else []
-    return [*((x.data_ptr(), x._version) for x in tensors), *counts]
+    tensors = [x for x in (*model.parameters(), *model.buffers()) if x.is_floating_point()]
+    norms = torch.stack(torch._foreach_norm(tensors)).tolist()
+    return [*((x.data_ptr(), x._version) for x in tensors), *norms]
+
+
+def _parameters(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    """A module's own, by each of their names."""
+    return list(module.named_parameters(recurse=False, remove_duplicate=False))
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -15,7 +15,7 @@ from ebm_prior import langevin
 from ebm_prior.base import Prior
 from ebm_prior.energy import EnergyNets
 from ebm_prior.frozen.graph import Replayed
-from ebm_prior.frozen.wide import WideEnergies
+from ebm_prior.frozen.wide import WideEnergies, suits
 from ebm_prior.prior import EBMPrior
 from ebm_prior.steps import NAMES, Steps
 
@@ -39,9 +39,13 @@ def fast(prior: Same, steps: Steps | None = None) -> Same:
     found = prior.on(backbone)
     if not isinstance(found, EBMPrior):
         return found
-    if isinstance(found.energies, EnergyNets) and (steps.once or steps.group):
-        found.energies = WideEnergies(found.energies, found.layout.shapes, steps)
-    # Whether a step of another backbone can be captured is not known.
-    if steps.graph and folded is not None and found.sampler is langevin.run:
+    if isinstance(found.sampler, Replayed):
+        found.sampler = langevin.run
+    nets = found.energies
+    if (steps.once or steps.group or steps.merge) and isinstance(nets, EnergyNets) and suits(nets):
+        found.energies = WideEnergies(nets, found.layout.shapes, steps)
+    # What stays in its place while weights change, and holds no wait of the host, is captured.
+    stays = backbone is not prior.backbone and isinstance(found.energies, WideEnergies)
+    if steps.graph and stays and found.sampler is langevin.run:
         found.sampler = Replayed()
     return found

@@ -11,7 +11,7 @@ caller's state before a chain and gives it back after, so that the draws are tho
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from ebm_prior import langevin
 from ebm_prior.prior import Conditional
 
 DEVICES = ("cuda",)  # that have graphs
-MOST = 4  # graphs kept: each holds the memory of a step
+MOST = 4  # graphs kept
 WARM_UP = 3  # steps before a capture, which libraries use to choose their kernels
 
 
@@ -30,12 +30,20 @@ class Replayed:
     """`langevin.run` with captured steps where that is possible, else step by step.
 
     Possible are chains on a `Conditional` on CUDA whose noise comes from a generator there and
-    whose steps nobody watches.
+    whose steps nobody watches. The graphs share one pool of memory: no two of them run at once,
+    and what they leave to each other lies outside it.
     """
 
     def __init__(self) -> None:
-        self._captured: dict[Any, _Captured] = {}
+        self._captured: dict[Any, _Captured] = {}  # the least recently used first
+        self._pool: Any = None
         self._refused = False
+
+    def __deepcopy__(self, memo: Any) -> Replayed:
+        return Replayed()  # a graph has no copy
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Replayed, ()
 
     def __call__(
         self,
@@ -45,12 +53,13 @@ class Replayed:
         step_size: float | Tensor,
         num_steps: int,
         generator: torch.Generator | None = None,
+        noise: Iterable[Tensor] | None = None,
         mask: Tensor | None = None,
-        **watched: Any,
+        callback: Callable[[int, langevin.State, langevin.Info], None] | None = None,
     ) -> Tensor:
-        """The last state; `watched` are the `noise` and `callback` of `langevin.run`."""
+        """The last state, see `langevin.run`."""
         captured = None
-        alone = all(each is None for each in watched.values())
+        alone = noise is None and callback is None
         if alone and not self._refused and _suits(u, log_density, generator):
             assert isinstance(log_density, Conditional)
             chain = _Chain(langevin.init(u).u, log_density, _per_sample(step_size, u), mask)
@@ -63,19 +72,22 @@ class Replayed:
             step_size=step_size,
             num_steps=num_steps,
             generator=generator,
+            noise=noise,
             mask=mask,
-            **watched,
+            callback=callback,
         )
 
     def _found(self, chain: _Chain) -> _Captured | None:
         """The graph for a chain, captured now if there is none; None if that fails."""
         key = chain.key
-        if key not in self._captured:
+        captured = self._captured.pop(key, None)
+        if captured is None:
+            while len(self._captured) >= MOST:
+                del self._captured[next(iter(self._captured))]
             try:
-                captured = _Captured(chain)
-            except torch.OutOfMemoryError:
-                raise
-            except RuntimeError as error:
+                captured = _Captured(chain, self._pool)
+            except RuntimeError as error:  # out of memory, too: single steps may need less
+                self._captured.clear()
                 self._refused = True
                 reason = " ".join(str(error).split())[:200]
                 warnings.warn(
@@ -84,10 +96,9 @@ class Replayed:
                     stacklevel=2,
                 )
                 return None
-            while len(self._captured) >= MOST:
-                del self._captured[next(iter(self._captured))]
-            self._captured[key] = captured
-        return self._captured[key]
+            self._pool = captured.pool
+        self._captured[key] = captured
+        return captured
 
 
 class _Chain:
@@ -116,16 +127,21 @@ class _Chain:
         f = target.f
         if f is not None:
             scale = f.scale.clone() if isinstance(f.scale, Tensor) else f.scale
-            f = replace(f, scale=scale, labels=None if f.labels is None else f.labels.clone())
+            labels = None if f.labels is None else f.labels.clone()
+            f = replace(f, columns=f.columns.own(), scale=scale, labels=labels)
         mask = None if self.mask is None else self.mask.clone()
         target = replace(target, f=f, **copies)
         return _Chain(self.u.clone(), target, self.step_size.clone(), mask)
 
 
 class _Captured:
-    """A captured step with its tensors."""
+    """A captured step with its tensors.
 
-    def __init__(self, chain: _Chain) -> None:
+    Args:
+        pool: the memory of an earlier graph, to share.
+    """
+
+    def __init__(self, chain: _Chain, pool: Any) -> None:
         self.chain = chain.own()
         device = chain.u.device
         self.generator = torch.Generator(device)
@@ -133,7 +149,7 @@ class _Captured:
         advancing = target.f.columns.advancing() if target.f is not None else []
         before = [x.clone() for x in advancing]
         try:
-            self.replay = capture(self._step, self.generator)
+            self.replay, self.pool = capture(self._step, self.generator, pool)
         finally:
             for tensor, value in zip(advancing, before, strict=True):
                 tensor.copy_(value)  # the steps before the capture are no part of any chain
@@ -156,24 +172,40 @@ class _Captured:
         return self.chain.u.clone()
 
 
-def capture(step: Callable[[], None], generator: torch.Generator) -> Callable[[], None]:
-    """A function that does what `step` does, by one launch; CUDA only.
+def capture(
+    step: Callable[[], None], generator: torch.Generator, pool: Any
+) -> tuple[Callable[[], None], Any]:
+    """A function that does what `step` does, by one launch, and its pool of memory; CUDA only.
 
     Args:
         step: reads and writes tensors in place, always the same ones; run a few times first.
         generator: what it draws with.
+        pool: of an earlier graph, to share, or None.
+
+    Raises:
+        RuntimeError: the step cannot be captured; the caller's stream is the current one again.
     """
-    side = torch.cuda.Stream(generator.device)
-    side.wait_stream(torch.cuda.current_stream(generator.device))
-    with torch.cuda.stream(side):
-        for _ in range(WARM_UP):
-            step()
-    torch.cuda.current_stream(generator.device).wait_stream(side)
+    device = generator.device
+    caller = torch.cuda.current_stream(device)
+    side = torch.cuda.Stream(device)
     graph = torch.cuda.CUDAGraph()
-    graph.register_generator_state(generator)
-    with torch.cuda.graph(graph):
-        step()
-    return graph.replay
+    try:
+        with torch.cuda.device(device):
+            side.wait_stream(caller)
+            with torch.cuda.stream(side):
+                for _ in range(WARM_UP):
+                    step()
+            caller.wait_stream(side)
+            graph.register_generator_state(generator)
+            # Other threads, those that read images, go on as they like meanwhile.
+            with torch.cuda.graph(
+                graph, pool=pool, stream=side, capture_error_mode="thread_local"
+            ):
+                step()
+    except BaseException:
+        torch.cuda.set_stream(caller)
+        raise
+    return graph.replay, graph.pool()
 
 
 def _suits(u: Tensor, log_density: langevin.LogDensity, generator: torch.Generator | None) -> bool:

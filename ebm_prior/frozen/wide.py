@@ -32,7 +32,7 @@ class WideEnergies(EnergyNets):
     Args:
         nets: see `EnergyNets`.
         shapes: of the layers' z.
-        steps: `once` and `group` are of interest here.
+        steps: `once`, `group` and `merge` are of interest here.
     """
 
     def __init__(self, nets: EnergyNets, shapes: Sequence[tuple[int, ...]], steps: Steps) -> None:
@@ -40,7 +40,6 @@ class WideEnergies(EnergyNets):
         self.train(nets.training)
         self.shapes, self.steps = tuple(shapes), steps
         self._groups: list[Group] | None = None
-        self._read: Any = None  # what the wide copies were made of
 
     def forward(self, z: Sequence[Tensor], t: Tensor) -> Tensor:
         learning = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
@@ -48,8 +47,11 @@ class WideEnergies(EnergyNets):
         return super().forward(z, t) if learning or in_shares else self.at(t)(z)
 
     def at(self, t: Tensor) -> WideColumns:
-        """The function z -> `self(z, t)` for the many calls of a chain."""
-        with torch.no_grad():
+        """The function z -> `self(z, t)` for the many calls of a chain.
+
+        Reads the weights as they are now: fused optimisers change them without a trace.
+        """
+        with torch.inference_mode(False), torch.no_grad():
             groups = self._refreshed()
             embedding = time_embedding(t).to(groups[0].weight.dtype)
             return WideColumns(
@@ -61,17 +63,14 @@ class WideEnergies(EnergyNets):
         return any(m.training for m in self.modules() if isinstance(m, SpectralNorm))
 
     def _refreshed(self) -> list[Group]:
-        """The wide copies, made anew if the weights are others by now."""
-        device = next(self.parameters()).device
-        if self._groups is None or self._groups[0].weight.device != device:
-            self._groups, self._read = self._grouped(), None
-        tensors = [*self.parameters(), *self.buffers()]
-        now = [(x.data_ptr(), x._version) for x in tensors]
-        # In training some optimisers write past the versions: then never twice the same copy.
-        if self.training or now != self._read:
-            for group in self._groups:
-                group.read()
-            self._read = None if self.training else now
+        """The wide copies with the weights of now, in the place where they were."""
+        like = next(self.parameters())
+        held = None if self._groups is None else self._groups[0].weight
+        if held is None or (held.device, held.dtype) != (like.device, like.dtype):
+            self._groups = self._grouped()
+        assert self._groups is not None
+        for group in self._groups:
+            group.read()
         return self._groups
 
     def _grouped(self) -> list[Group]:
@@ -99,6 +98,12 @@ class WideColumns(Columns):
     def tensors(self) -> list[Tensor]:
         return [self.embedding, *(part for parts in self.timed for part in parts)]
 
+    def own(self) -> WideColumns:
+        other = copy.copy(self)
+        other.embedding = self.embedding.clone()
+        other.timed = [[part.clone() for part in parts] for parts in self.timed]
+        return other
+
     def advancing(self) -> list[Tensor]:
         layers = [layer for group in self.groups for layer in group.layers]
         return [x for layer in layers for x in layer.advancing()]
@@ -119,6 +124,21 @@ class WideColumns(Columns):
             found = group.f(torch.cat([z[i] for i in group.which]), timed)
             columns.update(zip(group.which, found.chunk(len(group.which)), strict=True))
         return torch.cat([columns[i] for i in sorted(columns)], dim=1)
+
+
+def suits(nets: EnergyNets) -> bool:
+    """Whether all that the networks are made of is known here: dense layers and convolutions."""
+    return all(_known(module) for net in nets.children() for module in net.modules()) and all(
+        isinstance(net, Energy) for net in nets.children()
+    )
+
+
+def _known(module: nn.Module) -> bool:
+    if isinstance(module, nn.Conv2d):
+        plain = (module.groups, set(module.dilation), module.padding_mode)
+        return plain == (1, {1}, "zeros") and not isinstance(module.padding, str)
+    own = [*module.parameters(recurse=False), *module.buffers(recurse=False)]
+    return isinstance(module, nn.Linear) or not own
 
 
 class Group:
@@ -270,8 +290,6 @@ class WideConv2d(Wide):
 
     def forward(self, x: Tensor) -> Tensor:
         like = self.sources[0]
-        assert like.groups == 1
-        assert set(like.dilation) == {1}
         weight, bias = self.kernels()
         weight = weight.unflatten(2, (-1, *self.kernel))
         n, out = weight.shape[:2]

@@ -11,7 +11,7 @@ import ebm_prior
 from ebm_prior.backbones.nvae import NVAEBackbone
 from ebm_prior.base import in_mode
 from ebm_prior.config import PriorConfig
-from ebm_prior.energy import EnergyNets
+from ebm_prior.energy import Energy, EnergyNets
 from ebm_prior.frozen import Steps, fast
 from ebm_prior.frozen.convolution import Convolution, Product
 from ebm_prior.frozen.wide import WideEnergies
@@ -125,6 +125,55 @@ def test_an_update_past_pytorchs_counters_is_seen_after_a_training_step(u):
     torch.testing.assert_close(chain(quick, u), chain(prior, u), rtol=0, atol=1e-12)
 
 
+def test_a_fused_optimisers_steps_are_seen(u):
+    prior = make("mlp", spectral_norm=False)
+    quick = fast(prior)
+    optimizer = torch.optim.Adam(prior.energies.parameters(), lr=0.1, fused=True)
+    for learning in (prior, quick):
+        chain(quick, u)
+        learning.contrast(u, u + 1, torch.tensor([0, 1, 2]))[0].backward()
+        optimizer.step()  # changes no version
+        torch.testing.assert_close(chain(quick, u), chain(prior, u), rtol=0, atol=1e-12)
+
+
+def test_energies_first_asked_in_inference_mode_sample_afterwards(u):
+    prior = make()
+    quick = fast(prior)
+    with torch.inference_mode():
+        quick.energy(u)
+    torch.testing.assert_close(chain(quick, u), chain(prior, u), rtol=0, atol=1e-12)
+
+
+def test_another_precision_makes_other_copies(u):
+    quick = fast(make())
+    chain(quick, u)
+    assert chain(quick.float(), u.float()).dtype == torch.float32
+
+
+class Odd(Energy):
+    """A network with a layer that has no wide form."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = torch.nn.LayerNorm(3)
+
+    def timed(self, embedding):
+        return []
+
+    def f(self, z, timed):
+        return self.norm(z).sum(1, keepdim=True)
+
+
+def test_networks_that_are_not_known_stay_as_they_are():
+    toy = LinearGaussian((3, 3))
+    prior = make("mlp", False, backbone=toy)
+    prior.energies = EnergyNets([Odd(), Odd()]).double()
+    quick = fast(prior)
+    assert quick.energies is prior.energies
+    u = torch.zeros(2, 6, dtype=torch.float64)
+    torch.testing.assert_close(chain(quick, u), chain(prior, u))
+
+
 @pytest.mark.parametrize("spectral_norm", [True, False])
 def test_a_training_step_has_the_plain_ones_loss_and_gradients(spectral_norm, u):
     plain = make(spectral_norm=spectral_norm)
@@ -215,7 +264,7 @@ def test_backbones_without_a_fast_copy_and_other_energies_stay_as_they_are():
     prior = make("mlp", False, backbone=toy)
     quick = fast(prior)
     assert quick.backbone is toy
-    given = fast(prior, Steps(once=False, group=False))
+    given = fast(prior, Steps(once=False, group=False, merge=False))
     assert given.energies is prior.energies
 
 

@@ -23,11 +23,11 @@ def on_cpu(monkeypatch):
     """Replay on the CPU; the list grows by one per capture."""
     captures.clear()
 
-    def capture(step, generator):
+    def capture(step, generator, pool):
         for _ in range(graph.WARM_UP):
             step()
         captures.append(step)
-        return step
+        return step, "pool"
 
     monkeypatch.setattr(graph, "capture", capture)
     monkeypatch.setattr(graph, "DEVICES", ("cpu", "cuda"))
@@ -54,6 +54,26 @@ def test_one_graph_serves_all_t_and_draws_what_single_steps_do(on_cpu, priors, g
         ends = [chain(p, u, t) for p in priors]
         assert torch.equal(*ends)
     assert len(on_cpu) == 1
+
+
+def test_a_density_is_not_written_to_by_chains_on_others(on_cpu, priors, generator):
+    quick, stepwise = priors
+    u = torch.randn(3, quick.layout.dim, generator=generator, dtype=torch.float64)
+    clean, noisy = (quick.log_density(t, u) for t in (0, 2))
+    value = clean(u)
+    for density in (clean, noisy, clean):
+        ends = [
+            sampler(u, density, step_size=0.1, num_steps=2, generator=seeded())
+            for sampler in (quick.sampler, stepwise.sampler)
+        ]
+        assert torch.equal(*ends)
+    assert torch.equal(clean(u), value)
+    assert len(on_cpu) == 1
+
+
+def test_a_copy_of_a_prior_has_graphs_of_its_own(on_cpu, priors):
+    chain(priors[0], torch.zeros(1, priors[0].layout.dim, dtype=torch.float64))
+    assert not copy.deepcopy(priors[0]).sampler._captured
 
 
 def test_the_generator_goes_on_as_after_single_steps(on_cpu, priors):
@@ -149,7 +169,7 @@ def test_watched_chains_and_given_noise_run_step_by_step(on_cpu, priors):
 
 
 def test_what_cannot_be_captured_runs_step_by_step_and_says_so(priors, monkeypatch):
-    def fails(step, generator):
+    def fails(step, generator, pool):
         raise RuntimeError("operation not permitted when stream is capturing")
 
     monkeypatch.setattr(graph, "capture", fails)

@@ -100,17 +100,27 @@ class Recomputed(Stage):
 class Pointwise(Stage):
     """1x1 convolution: a matrix product over all pixels.
 
+    In float32 on CUDA a convolution all the same: PyTorch lets these use TF32 and products not,
+    and the plain walk's are convolutions.
+
     Args:
         weight: (C_out, C_in).
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self.weight, self.bias = weight, bias
+        self.convolve = weight.is_cuda and weight.dtype == torch.float32
 
     def forward(self, x: Tensor, tape: Tape) -> Tensor:
+        if self.convolve:
+            kernel = self.weight[:, :, None, None]
+            return _channels_last(F.conv2d(_channels_first(x), kernel, self.bias))
         return F.linear(x, self.weight, self.bias)
 
     def backward(self, dy: Tensor, tape: Tape) -> Tensor:
+        if self.convolve:
+            kernel = self.weight.t()[:, :, None, None]
+            return _channels_last(F.conv2d(_channels_first(dy), kernel))
         return dy @ self.weight
 
 

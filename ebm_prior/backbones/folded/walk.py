@@ -104,7 +104,7 @@ class Walk:
 
     def __call__(self, u: Tensor) -> Tensor:
         """T(u), (B, D) -> (B, D): z with its layers flattened and joined; differentiable once."""
-        return _Map.apply(u, self)
+        return _Map.apply(u, self, torch.is_grad_enabled())
 
     def forward(self, u: Tensor, tape: Tape) -> Tensor:
         """z, (B, D), and on the tape what `backward` needs."""
@@ -163,11 +163,17 @@ def _total(dz: Tensor, later: Tensor | None, add_z: Tensor | None) -> Tensor:
 
 class _Map(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, u: Tensor, walk: Walk) -> Tensor:
-        ctx.walk, ctx.tape = walk, Tape(keep=ctx.needs_input_grad[0])
+    def forward(ctx: Any, u: Tensor, walk: Walk, learning: bool) -> Tensor:
+        ctx.walk, ctx.tape = walk, Tape(keep=learning and ctx.needs_input_grad[0])
         return walk.forward(u, ctx.tape)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dz: Tensor) -> tuple[Tensor, None]:
-        return ctx.walk.backward(dz, ctx.tape), None
+    def backward(ctx: Any, dz: Tensor) -> tuple[Tensor, None, None]:
+        tape, ctx.tape = ctx.tape, None
+        if tape is None:
+            raise RuntimeError(
+                "a second backward pass through one T(u) on a frozen copy, whose tape is used up;"
+                " call to_z again, or use the plain backbone"
+            )
+        return ctx.walk.backward(dz, tape), None, None

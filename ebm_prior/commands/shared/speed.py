@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--recompute",
         action="store_true",
-        help="a tenth of the VAE's part of the memory, for half as much work again",
+        help="a fifth to an eighth of the memory, for half as much work again",
     )
     group.add_argument(
         "--plain", action="store_true", help="the plain, slow chain that the fast one is held to"

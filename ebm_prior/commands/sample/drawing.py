@@ -245,8 +245,9 @@ class Drawing:
         free |= {"recompute", "plain", "precision"}  # the last as it came out, below
         same = {name: value for name, value in asdict(self.settings).items() if name not in free}
         file = {"prior_sha256": sha256(self.settings.prior)}
+        # The steps that a pilot run found are not asked for: found again, they round differently.
         precision = "float32" if self.steps is None else self.steps.precision
-        return {**same, **file, "precision": precision, **sampler.described(self.prior)}
+        return {**same, **file, "precision": precision}
 
     def protocol(self) -> dict[str, Any]:
         """What the images were made of and with."""

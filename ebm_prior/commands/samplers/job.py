@@ -22,6 +22,7 @@ from ebm_prior.commands.shared.session import Job, opened
 from ebm_prior.ou_mala import Adapted, check
 from ebm_prior.prior import EBMPrior
 from nvae import runtime
+from nvae.digest import sha256
 from nvae.evaluation.job import provenance, write_json
 
 BED = "eight modes, exact energies"
@@ -108,7 +109,8 @@ def _point(
 ) -> dict[str, Any] | None:
     """One sampler with K steps, drawn with every seed; on the first process."""
     args, chain = job.args, prior.sampler
-    facts = {"prior": str(args.prior), "num_steps": k, "sampler": name}
+    facts: dict[str, Any] = {"prior": str(args.prior), "sha256": sha256(args.prior)}
+    facts |= {"num_steps": k, "sampler": name}
     facts |= sampler.described(prior)
     draw = drawn_by(prior, num_steps=k)
     row = Row(f"{name}-{k}", f"{name}, K = {k}", draw, prior.backbone, "ebm", facts=facts)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ebm_prior.base import Prior
+from ebm_prior.commands.shared import speed
 from ebm_prior.commands.shared.kept import Kept
 from ebm_prior.commands.shared.measure import Ruler
 from ebm_prior.commands.shared.samples import Draw, Sampled, sampled
@@ -73,6 +74,7 @@ def measured(
         "temperature": temperature,
         "batch_size": job.batch_size,
         "backbone": job.backbone.fingerprint(),
+        "precision": speed.precision_of(job.args, job.here.device),
         "bn_statistics": _digest(getattr(row.backbone, "bn_statistics", None)),
         "data": [job.dataset, job.args.data, job.args.max_images],
         "ruler": ruler.protocol,

@@ -21,7 +21,8 @@ def add_sampler(parser: argparse.ArgumentParser) -> None:
         " accepts or refuses each (K + 1 network evaluations for K steps); its steps are found"
         " beforehand, in a pilot run of at most 64 chains. It is for diffusion priors trained with"
         " energy_scale none, and its images are not always better, since training fits the"
-        " energies to Langevin's chain: `ebm_prior samplers` compares.",
+        " energies to Langevin's chain: `ebm_prior samplers` compares. On CUDA its steps are not"
+        " captured as a graph, so that one takes longer than one of Langevin's.",
     )
     group.add_argument("--sampler", choices=SAMPLERS, default=SAMPLERS[0], help="(%(default)s)")
     group.add_argument(

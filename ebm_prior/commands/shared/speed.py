@@ -67,6 +67,12 @@ def steps_of(asked: Asked | argparse.Namespace, device: torch.device) -> Steps |
     return Steps(recompute=asked.recompute, precision=precision)
 
 
+def precision_of(asked: Asked | argparse.Namespace, device: torch.device) -> str:
+    """What chains are computed in, part of what makes two runs the same."""
+    steps = steps_of(asked, device)
+    return "float32" if steps is None else steps.precision
+
+
 def on_path(prior: Same, steps: Steps | None) -> Same:
     """The prior on the fast path, or as it is."""
     from ebm_prior.frozen import fast

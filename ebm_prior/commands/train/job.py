@@ -178,6 +178,7 @@ def make_trainer(
         use: Any = backbone
         prior = prior.on(use.with_bn_statistics(statistics))
     steps = speed.steps_of(command, here.device)
+    precision = speed.precision_of(command, here.device)
     trainer = Trainer(
         speed.on_path(prior.to(here.device), steps),
         batches,
@@ -188,6 +189,8 @@ def make_trainer(
             "dataset": command.dataset or backbone.config.dataset,
             "batch_size": command.settings["batch_size"],
             "bn_readjust": command.settings["bn_readjust"],
+            # As it always was without saying so: runs begun before this was asked go on.
+            **({"precision": precision} if precision != "float32" else {}),
             **({"labels": digest(labels)} if labels else {}),
         },
         show=show,

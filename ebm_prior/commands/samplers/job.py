@@ -62,6 +62,8 @@ def on_testbed(args: argparse.Namespace) -> dict[str, Any]:
     print(f"{BED}: energy distance, mean of {len(args.seeds)} seeds, (evaluations)")
     print(table(bed["curves"], "energy_distance"))
     print(told(bed))
+    pilot = bed["adapted"]["pilot_evaluations"]
+    print(f"Not counted: {pilot} evaluations of the pilot run that finds ou-mala's steps, once.")
     return bed
 
 

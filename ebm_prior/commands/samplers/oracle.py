@@ -58,11 +58,13 @@ def measured(
     with tqdm(total=len(makers) * len(num_steps), desc="test-bed", leave=False) as bar:
         for name, make in makers.items():
             prior, curves[name] = make(), []
+            assert isinstance(prior.energies, Energies)
+            pilot = prior.energies.calls  # before anything is drawn
             for k in sorted(num_steps):
                 curves[name].append(curve(prior, k, seeds, draws))
                 bar.update()
             if isinstance(prior.sampler, ou_mala.Adapted):
-                result["adapted"] = prior.sampler.to_dict()
+                result["adapted"] = {**prior.sampler.to_dict(), "pilot_evaluations": pilot}
     return {**result, "curves": curves, "fewest": {n: fewest(c) for n, c in curves.items()}}
 
 

@@ -20,6 +20,7 @@ from ebm_prior.commands.bench.reference import Reference, Swish
 from ebm_prior.commands.bench.shapes import SHAPES
 from ebm_prior.frozen import fast
 from ebm_prior.spectral_norm import SpectralNorm
+from ebm_prior.steps import Steps
 from nvae.arch import ModelConfig
 from tests.ebm_prior import small_vaes
 
@@ -190,6 +191,28 @@ def test_no_chain_waits_for_the_device_but_that_in_reference_style(tiny, u_next)
 
 
 # --- the shapes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["a", "b"])
+def test_the_published_shapes_keep_within_their_launches_and_memory(name):
+    shape = SHAPES[name]
+    prior = shapes.build(shape, 0, CPU)
+    u = torch.randn(1, prior.layout.dim)
+    for recompute in (False, True):
+        path = Plain(fast(prior, Steps(recompute=recompute)), 0, u, 0)
+        path.advance(1)  # what is made once is made here
+        label = "fast float32, recomputed" if recompute else "fast float32"
+        if not recompute and "launches" in shape.targets:
+            with Meter(u) as step:
+                path.advance(1)
+            assert step.launches <= shape.targets["launches"][label]
+        leaf = u.clone().requires_grad_()
+        with Meter(leaf) as forward, frozen(prior.energies):
+            f = path.force([leaf])
+            saved = forward.held.images
+        del f
+        assert 0 < saved / 1e6 <= shape.targets["saved_mb"][label]
 
 
 def test_the_shapes_are_the_published_ones():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -10,20 +11,20 @@ if TYPE_CHECKING:
 
 SAMPLERS = ("langevin", "ou-mala")
 PILOT_CHAINS = 64
+TOLD = (
+    "langevin runs the short chain that the prior was trained with. ou-mala draws from the prior's"
+    " density itself: it solves the Gaussian part exactly, takes long steps and accepts or refuses"
+    " each (K + 1 network evaluations for K steps); its steps are found beforehand, in a pilot run"
+    " of at most 64 chains. It is for diffusion priors trained with energy_scale none. Its images"
+    " are not always better, since training fits the energies to Langevin's chain: `ebm_prior"
+    " samplers` compares. On CUDA its steps are not captured as a graph, so that one takes longer"
+    " than one of Langevin's."
+)
 
 
 def add_sampler(parser: argparse.ArgumentParser) -> None:
     """`--sampler` and `--num_steps`."""
-    group = parser.add_argument_group(
-        "the chain",
-        "langevin runs the short chain that the prior was trained with. ou-mala draws from the"
-        " prior's density itself: it solves the Gaussian part exactly, takes long steps and"
-        " accepts or refuses each (K + 1 network evaluations for K steps); its steps are found"
-        " beforehand, in a pilot run of at most 64 chains. It is for diffusion priors trained with"
-        " energy_scale none, and its images are not always better, since training fits the"
-        " energies to Langevin's chain: `ebm_prior samplers` compares. On CUDA its steps are not"
-        " captured as a graph, so that one takes longer than one of Langevin's.",
-    )
+    group = parser.add_argument_group("the chain", textwrap.fill(TOLD, 78))
     group.add_argument("--sampler", choices=SAMPLERS, default=SAMPLERS[0], help="(%(default)s)")
     group.add_argument(
         "--num_steps",

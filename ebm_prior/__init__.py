@@ -22,12 +22,14 @@ if TYPE_CHECKING:
     from ebm_prior.frozen import fast
     from ebm_prior.latents import Layout
     from ebm_prior.prior import EBMPrior
+    from ebm_prior.steps import Steps
 
 __all__ = [
     "Backbone",
     "EBMPrior",
     "Layout",
     "PriorConfig",
+    "Steps",
     "__version__",
     "attach",
     "fast",
@@ -42,6 +44,7 @@ _HOME = {
     "attach": "attach",
     "fast": "frozen",
     "load": "checkpoint",
+    "Steps": "steps",
 }
 
 

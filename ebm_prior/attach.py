@@ -32,7 +32,8 @@ def attach(
     *,
     args: Mapping[str, Any] | argparse.Namespace | None = None,
     block_size: int | None = None,
-    steps: Steps | None = None,
+    precision: str = "auto",
+    recompute: bool = False,
 ) -> Prior:
     """Replace `model.sample(num_samples, t)` on this instance by draws from the prior.
 
@@ -47,7 +48,9 @@ def attach(
         args: the `args` of the model's checkpoint; needed unless the model is ours.
         block_size: how many chains run at once; they need the memory of a backward pass, of which
             the caller of `sample` may know nothing. None: as many as samples are asked for.
-        steps: of the fast path that the chains run on; None: all that are exact, and on CUDA bf16.
+        precision: of the model's cells inside a chain, float32 or bf16; auto: bf16 on CUDA, else
+            float32.
+        recompute: keep less for the backward passes, see `Steps`.
 
     Returns:
         The prior as attached, on a view of the model: its energies are those of a prior given.
@@ -59,9 +62,9 @@ def attach(
         raise ValueError(f"block_size is {block_size}, expected at least 1, or None for no limit")
     backbone = NVAEBackbone(model, config=_config(model, args))
     plain = _on(backbone, prior) if isinstance(prior, Prior) else checkpoint.load(prior, backbone)
-    if steps is None:
-        steps = Steps(precision="bf16" if backbone.device.type == "cuda" else "float32")
-    attached = fast(plain, steps)
+    if precision == "auto":
+        precision = "bf16" if backbone.device.type == "cuda" else "float32"
+    attached = fast(plain, Steps(precision=precision, recompute=recompute))
     sample: Any = model.sample
     gaussian = getattr(sample, "gaussian", sample)
     sample = AttachedSample(model, attached, gaussian, block_size)

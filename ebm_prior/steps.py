@@ -17,13 +17,13 @@ class Steps:
         fold: BatchNorm in the neighbouring convolutions where no activation lies between.
         commute: what acts pixel by pixel before an up-sampling instead of behind it.
         recompute: keep each cell's input alone and run its forward pass twice: a fifth to an
-            eighth of the memory for half as much work again (docs/performance.md).
+            eighth as much is kept, for half as much work again (large NVAEs).
         once: spectral norm and what the energies make of t, evaluated once per chain.
         group: energies of equal shape as one network.
         merge: layers of an energy that get the same input as one.
         graph: on CUDA, the step captured once and replayed.
         precision: `float32`, or `bf16` in the tower's cells; u, z, moments and energies stay
-            float32. The gradient is then off by 0.1 to 0.2% (docs/performance.md).
+            float32. The gradient is then off by a few tenths of a percent.
     """
 
     tower: bool = True

@@ -155,7 +155,7 @@ def digits(train: bool) -> tuple[np.ndarray, np.ndarray]:
     """Scikit-learn's 1797 scanned digits, levels 0..16, in a fixed shuffled order."""
     found = find_spec("sklearn")
     if found is None or not found.submodule_search_locations:
-        raise ValueError('the digits come with scikit-learn: pip install "nvae-ebm-prior[demo]"')
+        raise ValueError("the digits come with scikit-learn: pip install scikit-learn")
     path = Path(found.submodule_search_locations[0], "datasets", "data", "digits.csv.gz")
     if path.is_file():  # the import of scikit-learn takes a second of every process
         table = np.loadtxt(path, delimiter=",")  # 64 levels and the class

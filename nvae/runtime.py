@@ -184,7 +184,9 @@ def exit_status(command: Callable[[], int | None]) -> int:
         return 2
     except RuntimeError as error:
         # PyTorch's own kind, told by its name: this module does not import torch.
-        if os.environ.get("EBM_DEBUG") or type(error).__name__ != "OutOfMemoryError":
+        full = type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+        if os.environ.get("EBM_DEBUG") or not full:
             raise
-        print(f"error: {error}; a smaller --batch_size needs less memory", file=sys.stderr)
+        reason = str(error).splitlines()[0]
+        print(f"error: {reason}; a smaller --batch_size needs less memory", file=sys.stderr)
         return 2

@@ -1,6 +1,7 @@
 """The fast path: a prior whose chains run on frozen, folded copies; the plain one is its oracle.
 
     prior = ebm_prior.fast(ebm_prior.load("prior.safetensors", vae))
+    prior = ebm_prior.fast(prior, ebm_prior.Steps(precision="bf16", recompute=True))
 
 What comes back satisfies the same interfaces, so nothing that uses a prior knows on which path it
 runs; the commands choose. The learned weights are shared: trained further, or loaded anew, the
@@ -32,7 +33,15 @@ def fast(prior: Same, steps: Steps | None = None) -> Same:
 
     Args:
         steps: which optimisations; by default all that are exact.
+
+    Raises:
+        ValueError: no prior.
     """
+    if not isinstance(prior, Prior):
+        raise ValueError(
+            f"fast got {type(prior).__name__} {str(prior)!r:.60}, expected a prior: what"
+            " ebm_prior.load gives, or one in training"
+        )
     steps = steps or Steps()
     folded = getattr(prior.backbone, "folded", None)
     backbone = folded(steps) if steps.tower and folded is not None else prior.backbone

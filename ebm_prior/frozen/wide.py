@@ -22,6 +22,8 @@ from ebm_prior.frozen.convolution import Convolution, Product
 from ebm_prior.spectral_norm import SpectralNorm, power_iteration
 from ebm_prior.steps import Steps
 
+FEW = 4  # convolutions below this number are quicker one by one than put side by side
+
 
 class WideEnergies(EnergyNets):
     """The same networks, evaluated side by side where no parameter wants a gradient.
@@ -77,10 +79,16 @@ class WideEnergies(EnergyNets):
         alike: dict[Any, list[int]] = {}
         for i, net in enumerate(self.children()):
             shapes = tuple((name, tuple(x.shape)) for name, x in net.state_dict().items())
-            alone = None if self.steps.group else i
-            alike.setdefault((type(net), self.shapes[i], shapes, alone), []).append(i)
-        merge = self.steps.merge
-        return [Group([self.layer(i) for i in which], which, merge) for which in alike.values()]
+            alike.setdefault((type(net), self.shapes[i], shapes), []).append(i)
+        merge, groups = self.steps.merge, []
+        for which in alike.values():
+            nets = [self.layer(i) for i in which]
+            few = len(nets) < FEW and any(isinstance(m, nn.Conv2d) for m in nets[0].modules())
+            if few or not self.steps.group:
+                groups += [Group([net], [i], merge) for net, i in zip(nets, which, strict=True)]
+            else:
+                groups.append(Group(nets, which, merge))
+        return groups
 
 
 class WideColumns(Columns):

@@ -12,7 +12,7 @@ from ebm_prior.backbones.nvae import NVAEBackbone
 from ebm_prior.base import in_mode
 from ebm_prior.config import PriorConfig
 from ebm_prior.energy import Energy, EnergyNets
-from ebm_prior.frozen import Steps, fast
+from ebm_prior.frozen import Steps, fast, wide
 from ebm_prior.frozen.convolution import Convolution, Product
 from ebm_prior.frozen.wide import WideEnergies
 from ebm_prior.prior import EBMPrior
@@ -47,6 +47,11 @@ def make(network="residual", spectral_norm=True, dtype=torch.float64, backbone=N
         for _ in range(8):
             prior.energies(backbone.to_z(u), torch.tensor([0, 1]))
     return prior
+
+
+@pytest.fixture(autouse=True)
+def _pairs_are_grouped(monkeypatch):
+    monkeypatch.setattr(wide, "FEW", 2)
 
 
 def chain(prior, u, t=1):
@@ -204,6 +209,19 @@ def test_equal_shapes_are_one_group_wherever_they_stand():
     quick = fast(make())
     quick.energies.at(torch.tensor([0]))
     assert [group.which for group in quick.energies._groups] == [[0, 2], [1, 3]]
+
+
+def test_few_convolutional_networks_are_evaluated_one_by_one(monkeypatch):
+    monkeypatch.setattr(wide, "FEW", 3)
+    for network, groups in (("residual", [[0], [2], [1], [3]]), ("mlp", [[0, 2], [1, 3]])):
+        quick = fast(make(network))
+        quick.energies.at(torch.tensor([0]))
+        assert [group.which for group in quick.energies._groups] == groups
+
+
+def test_what_is_no_prior_is_refused():
+    with pytest.raises(ValueError, match=r"fast got str .*, expected a prior"):
+        fast("prior.safetensors")
 
 
 def test_the_part_that_sees_t_runs_once_per_chain(u, monkeypatch):

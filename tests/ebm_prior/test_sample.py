@@ -269,6 +269,31 @@ def test_going_on_needs_the_same_settings(sample, tmp_path, monkeypatch, capsys)
     assert json.loads((tmp_path / "report.json").read_text())["protocol"]["seed"] == 1
 
 
+def test_a_finished_run_is_not_drawn_again(sample, tmp_path, monkeypatch, capsys):
+    flags = ["--num_samples", "4", "--batch_size", "2", "--format", "npz", "--grid", "0"]
+    assert sample(tmp_path / "out", *flags) == 0
+    monkeypatch.setattr(drawing.Drawing, "draw", lambda *args: pytest.fail("drawn again"))
+    assert sample(tmp_path / "out", *flags, "--resume", "auto") == 0
+    assert "complete already" in capsys.readouterr().out
+    monkeypatch.undo()
+    assert sample(tmp_path / "out", *flags, "--seed", "1", "--resume", "auto") == 0
+    assert "complete already" not in capsys.readouterr().out
+
+
+def test_a_stopped_run_says_how_to_go_on(sample, tmp_path, monkeypatch, capsys):
+    draw, drawn = drawing.Drawing.draw, []
+
+    def once(self, first, count):
+        if drawn:
+            raise KeyboardInterrupt
+        drawn.append(first)
+        return draw(self, first, count)
+
+    monkeypatch.setattr(drawing.Drawing, "draw", once)
+    assert sample(tmp_path, "--num_samples", "6", "--batch_size", "2", "--grid", "0") == 130
+    assert "2 of 6 images are kept; go on with the same command" in capsys.readouterr().err
+
+
 def test_without_a_killed_run_there_is_nothing_to_go_on_with(sample, tmp_path):
     assert sample(tmp_path, *SEVEN, "--resume", "auto") == 0
     assert len(images(tmp_path)) == 7

@@ -38,6 +38,11 @@ class Tape:
     def take(self) -> Tensor:
         return self._kept.pop()
 
+    @property
+    def size(self) -> int:
+        """Bytes."""
+        return sum(x.numel() * x.element_size() for x in self._kept)
+
     def passing(self, like: Tensor) -> Tensor:
         """A tensor like this one for what the next stage uses up: always the same, still cached.
 

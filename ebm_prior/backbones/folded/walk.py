@@ -106,6 +106,13 @@ class Walk:
         """T(u), (B, D) -> (B, D): z with its layers flattened and joined; differentiable once."""
         return _Map.apply(u, self, torch.is_grad_enabled())
 
+    @torch.no_grad()
+    def kept(self, u: Tensor) -> int:
+        """Bytes that a forward pass at u, (B, D), keeps for the backward one."""
+        tape = Tape()
+        self.forward(u, tape)
+        return tape.size
+
     def forward(self, u: Tensor, tape: Tape) -> Tensor:
         """z, (B, D), and on the tape what `backward` needs."""
         z = torch.empty_like(u)

@@ -103,6 +103,7 @@ def run(args: argparse.Namespace) -> int:
     """Measure and write, or print the tables of what was measured."""
     from ebm_prior.commands.bench import table
 
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # PyTorch's profiler would write between bars
     _check(args)
     if arguments.dry_run(args):
         return 0
@@ -114,6 +115,8 @@ def run(args: argparse.Namespace) -> int:
     text = table.markdown(table.read(source))
     if args.into is None:
         print(text, end="")
+        if args.table is None:
+            print(f"\nwrote {args.out}/bench.json, bench.md, bench.png")
     else:
         table.into(Path(args.into), source, text)
     return 0
@@ -128,7 +131,7 @@ def _check(args: argparse.Namespace) -> None:
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("bench times one process; run it without torchrun")
     if (args.out is None) == (args.table is None):
-        raise ValueError("give --out, the folder to write to, or --table, a bench.json to print")
+        raise ValueError("give one of --out, the folder to write to, and --table, a bench.json")
     if args.into is not None and args.table is None:
         raise ValueError("--into goes with --table FILE, whose tables it puts there")
     for name in ("repeats", "num_steps", "threads"):
@@ -139,8 +142,10 @@ def _check(args: argparse.Namespace) -> None:
         raise ValueError("--prior and --preset are for a VAE of your own; give it as --checkpoint")
     if args.checkpoint is not None and (args.prior is None) == (args.preset is None):
         raise ValueError("--checkpoint goes with either --prior FILE or --preset NAME")
-    for precision in args.precisions:
-        chosen(args, precision)
+    if "tower" in args.without and (args.recompute or "bf16" in args.precisions):
+        raise ValueError(
+            "--without tower leaves float32 alone: give --precisions float32, without --recompute"
+        )
     arguments.check_inputs(args)
 
 

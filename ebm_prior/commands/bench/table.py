@@ -74,7 +74,7 @@ def places(text: str) -> list[tuple[str, str]]:
 
 
 def _times(report: Mapping[str, Any]) -> str:
-    heads = ["shape, batch", "fast path", "reference s", "plain s", "fast s", "ratio", "target"]
+    heads = ["shape, batch", "fast path", "reference s", "plain s", "fast s", "ratio", "aim"]
     heads += ["images/s, reference", "fast", "agreement"]
     rows = []
     for name, by_precision in report["shapes"].items():

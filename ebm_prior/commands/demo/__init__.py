@@ -13,7 +13,7 @@ from ebm_prior.presets import PRESETS
 HELP = "train priors on the shipped digits VAE and compare their samples with the Gaussian prior's"
 EXAMPLES = """\
 examples:
-  everything, about six minutes on two cores:
+  everything, about four minutes on two cores:
     python -m ebm_prior demo
 
   a quick look: one seed, few steps (the numbers will be worse):

@@ -62,6 +62,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the table; 1 if there is a problem."""
     _check(args)
+    speed.check(args)
     if arguments.dry_run(args):
         return 0
     results: dict[str, Any] = {}
@@ -127,7 +128,7 @@ def _of_chains(args: argparse.Namespace, backbone: Opened, results: dict[str, An
 
     with contextlib.suppress(ValueError):  # told already, under `prior`
         prior = checkpoint.load(args.prior, backbone)
-        prior = speed.on_path(prior, speed.steps_of(args, backbone.device))
+        prior = speed.on_path(prior, speed.steps_of(args, backbone.device, backbone))
         yield from guarded("chains", lambda: chains.examined(args, prior, results))
 
 

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
+from ebm_prior.steps import Steps
 from ebm_prior.training import apex
 
 if TYPE_CHECKING:
@@ -108,13 +109,16 @@ def of_checkpoint(backbone: Opened) -> Checks:
     seconds = time.perf_counter() - start
     yield _sample("gaussian sample", images, f"; {seconds:.2f} s on {backbone.device}")
     one, two = (_kept(backbone, u[:batch]) for batch in (1, 2))
-    yield Check(
-        OK,
-        "memory",
-        f"a Langevin step on the plain path keeps {max(2 * one - two, 0) / MiB:.1f} MiB for the"
-        f" kernels and {(two - one) / MiB:.1f} MiB per sample of the backbone, the energies apart;"
-        " the fast path about a third of that, with --recompute less than a tenth",
-    )
+    text = f"a Langevin step keeps {_mib(two - one)} of the VAE per sample on the plain path"
+    folded = getattr(backbone, "folded", None)
+    if folded is not None:
+        kept = (folded(Steps(recompute=again)).walk().kept(u[:1]) for again in (False, True))
+        text += ", {} on the fast one, {} with --recompute".format(*map(_mib, kept))
+    yield Check(OK, "memory", f"{text}; the energies apart")
+
+
+def _mib(size: int) -> str:
+    return f"{size / MiB:.3g} MiB"
 
 
 def of_prior(path: str, backbone: Opened | None) -> Checks:

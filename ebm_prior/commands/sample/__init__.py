@@ -178,10 +178,12 @@ def run(args: argparse.Namespace) -> int:
     from nvae import runtime
 
     # Told before the VAE is read; chains enable gradients for themselves.
-    chosen = drawing.chosen_labels(settings.set, checkpoint.read(settings.prior).config)
+    config = checkpoint.read(settings.prior).config
+    speed.check_kind(config.kind, args)
+    chosen = drawing.chosen_labels(settings.set, config)
     with runtime.started(settings.device) as here, torch.no_grad():
         backbone = open_backbone(settings.checkpoint, device=str(here.device))
-        steps = speed.steps_of(args, here.device)
+        steps = speed.steps_of(args, here.device, backbone)
         prior = speed.on_path(checkpoint.load(settings.prior, backbone), steps)
         drawing.Drawing(settings, prior, chosen, here, steps).all(backbone.config.image_shape)
     return 0

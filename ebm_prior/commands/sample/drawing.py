@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -56,6 +59,17 @@ def chosen_labels(given: Sequence[str], config: PriorConfig) -> list[int] | None
     return chosen
 
 
+def complete(out: Path, identity: dict[str, Any]) -> bool:
+    """Whether a folder holds all of a finished run of these settings."""
+    try:
+        report = json.loads((out / "report.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    same = json.loads(json.dumps(identity))
+    partial = any((out / name).exists() for name in (".sampling.json", ".samples.npy"))
+    return not partial and isinstance(report, dict) and report.get("identity") == same
+
+
 def _or(names: Sequence[str]) -> str:
     return " or ".join(names)
 
@@ -99,7 +113,12 @@ class Drawing:
         started = time.perf_counter()
         out.mkdir(parents=True, exist_ok=True)
         total, size = settings.num_samples, settings.batch_size
-        blocks = Blocks(out, -(-total // size), self.identity(), here, settings.resume == "auto")
+        identity, again = self.identity(), settings.resume == "auto"
+        if again and complete(out, identity):
+            if here.is_main:
+                print(f"{total} images in {out}, complete already")
+            return
+        blocks = Blocks(out, -(-total // size), identity, here, again)
         shape = (total, *image_shape)
         table = None
         if settings.format != "png":
@@ -110,7 +129,7 @@ class Drawing:
             for first, done in zip(range(0, total, size), blocks.before, strict=True)
             if not done or self.in_a_picture(first)
         ]
-        with self.progress(blocks) as bar:
+        with self.progress(blocks) as bar, self.going_on_told(blocks):
             for first in wanted[here.rank :: here.world_size]:  # evenly, after a kill too
                 batch = self.draw(first, min(size, total - first))
                 self.write(first, batch, table)
@@ -129,9 +148,25 @@ class Drawing:
             self.grid(torch.cat([everywhere[first] for first in sorted(everywhere)]))
         seconds = round(time.perf_counter() - started, 1)
         content = {"images": total, "seconds": seconds, "protocol": self.protocol()}
+        content["identity"] = identity  # last, and what `complete` looks at
         write_json(out / "report.json", content)
         blocks.forget()
         print(f"{total} images in {out}, {seconds} s")
+
+    @contextlib.contextmanager
+    def going_on_told(self, blocks: Blocks) -> Iterator[None]:
+        """Say what is kept when the user stops it."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            if self.here.is_main:
+                kept, total = self.images_in(blocks.done), self.settings.num_samples
+                print(
+                    f"{kept} of {total} images are kept; go on with the same command and --resume"
+                    " auto",
+                    file=sys.stderr,
+                )
+            raise
 
     def progress(self, blocks: Blocks) -> tqdm[Any]:
         """A bar of the images that all processes have written, moved by each block of the first.
@@ -246,15 +281,14 @@ class Drawing:
         same = {name: value for name, value in asdict(self.settings).items() if name not in free}
         file = {"prior_sha256": sha256(self.settings.prior)}
         # The steps that a pilot run found are not asked for: found again, they round differently.
-        precision = "float32" if self.steps is None else self.steps.precision
-        return {**same, **file, "precision": precision}
+        return {**same, **file, "precision": speed.precision_of(self.steps)}
 
     def protocol(self) -> dict[str, Any]:
         """What the images were made of and with."""
         file = checkpoint.read(self.settings.prior)
         return {
             **asdict(self.settings),
-            "path": speed.told(self.steps),
+            "path": speed.told(self.steps, self.prior.backbone, self.prior.config.kind),
             **sampler.described(self.prior),
             "sha256": {name: sha256(getattr(self.settings, name)) for name in FILES},
             "backbone": file.fingerprint,

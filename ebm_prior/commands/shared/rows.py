@@ -74,7 +74,7 @@ def measured(
         "temperature": temperature,
         "batch_size": job.batch_size,
         "backbone": job.backbone.fingerprint(),
-        "precision": speed.precision_of(job.args, job.here.device),
+        "precision": speed.precision_of(job.steps),
         "bn_statistics": _digest(getattr(row.backbone, "bn_statistics", None)),
         "data": [job.dataset, job.args.data, job.args.max_images],
         "ruler": ruler.protocol,

@@ -14,8 +14,9 @@ PILOT_CHAINS = 64
 TOLD = (
     "langevin runs the short chain that the prior was trained with. ou-mala draws from the prior's"
     " density itself: it solves the Gaussian part exactly, takes long steps and accepts or refuses"
-    " each (K + 1 network evaluations for K steps); its steps are found beforehand, in a pilot run"
-    " of at most 64 chains. It is for diffusion priors trained with energy_scale none. Its images"
+    " each: K + 1 network evaluations for K steps, and none at an index whose Gaussian part alone"
+    " would nearly always be accepted. Its steps are found beforehand, in a pilot run of at most"
+    " 64 chains. It is for diffusion priors trained with energy_scale none. Its images"
     " are not always better, since training fits the energies to Langevin's chain: `ebm_prior"
     " samplers` compares. On CUDA its steps are not captured as a graph, so that one takes longer"
     " than one of Langevin's."

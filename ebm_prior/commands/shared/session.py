@@ -25,6 +25,7 @@ from ebm_prior.commands.shared.arguments import settings
 from ebm_prior.commands.shared.labels import Labels
 from ebm_prior.commands.shared.subset import Images, Subset
 from ebm_prior.seeds import seeded
+from ebm_prior.steps import Steps
 from nvae import data, digest, runtime
 from nvae.evaluation.job import provenance, write_json
 
@@ -188,6 +189,11 @@ class Job:
         """The prior's view of the backbone: with the BatchNorm statistics of its training."""
         return self.backbone if self.prior is None else self.prior.backbone
 
+    @property
+    def steps(self) -> Steps | None:
+        """Of the fast path; None is the plain one."""
+        return speed.steps_of(self.args, self.here.device, self.backbone)
+
     def open_prior(self, path: str | Path) -> Prior:
         """Another prior of the same backbone."""
         return _opened(path, self.backbone, self.args, self.here)
@@ -205,7 +211,9 @@ class Job:
             "backbone": self.backbone.fingerprint(),
             "seconds": round(time.perf_counter() - self.started, 1),
             "device": str(self.here.device),
-            "path": speed.told(speed.steps_of(self.args, self.here.device)),
+            "path": speed.told(
+                self.steps, self.backbone, *([self.prior.config.kind] if self.prior else [])
+            ),
             "versions": {"torch": torch.__version__, "python": platform.python_version()},
             **provenance(),
             **(protocol or {}),
@@ -238,7 +246,7 @@ def _opened(
     path: str | Path, backbone: Opened, args: argparse.Namespace, here: runtime.Runtime
 ) -> Prior:
     prior = checkpoint.load(path, backbone).to(here.device)
-    return speed.on_path(prior, speed.steps_of(args, here.device))
+    return speed.on_path(prior, speed.steps_of(args, here.device, backbone))
 
 
 def _several(value: Any) -> list[Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from ebm_prior.steps import PRECISIONS, Steps
 
@@ -22,12 +22,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--precision",
         choices=("auto", *PRECISIONS),
         default="auto",
-        help="of the VAE's cells inside the chain; auto: bf16 on CUDA, else float32 (%(default)s)",
+        help="of an NVAE's cells inside the chain; auto: bf16 on CUDA, else float32 (%(default)s)",
     )
     group.add_argument(
         "--recompute",
         action="store_true",
-        help="a fifth to an eighth of the memory, for half as much work again",
+        help="keep a fifth to an eighth as much of an NVAE for the way back, for half as much work"
+        " again",
     )
     group.add_argument(
         "--plain", action="store_true", help="the plain, slow chain that the fast one is held to"
@@ -57,31 +58,67 @@ class Asked(Protocol):
     def plain(self) -> bool: ...
 
 
-def steps_of(asked: Asked | argparse.Namespace, device: torch.device) -> Steps | None:
-    """What the flags ask for on a device; None is the plain path."""
+NO_CHAIN = ("fitted", "ncp")  # kinds whose draws are no chain over all layers
+
+
+def steps_of(
+    asked: Asked | argparse.Namespace, device: torch.device, backbone: Any
+) -> Steps | None:
+    """What the flags ask for on a device and a VAE; None is the plain path.
+
+    Raises:
+        ValueError: bf16 or recomputation of a VAE that has no frozen walk, which only NVAE has.
+    """
     if asked.plain:
         return None
+    if not hasattr(backbone, "folded"):
+        for flag, given in (
+            ("precision bf16", asked.precision == "bf16"),
+            ("recompute", asked.recompute),
+        ):
+            if given:
+                raise ValueError(
+                    f"--{flag} is of the frozen walk of an NVAE, this VAE has none (only its"
+                    " energies have a fast path); leave it out"
+                )
+        return Steps()
     precision = asked.precision
     if precision == "auto":
         precision = "bf16" if device.type == "cuda" else "float32"
     return Steps(recompute=asked.recompute, precision=precision)
 
 
-def precision_of(asked: Asked | argparse.Namespace, device: torch.device) -> str:
+def precision_of(steps: Steps | None) -> str:
     """What chains are computed in, part of what makes two runs the same."""
-    steps = steps_of(asked, device)
     return "float32" if steps is None else steps.precision
+
+
+def check_kind(kind: str, asked: Asked | argparse.Namespace) -> None:
+    """Refuse flags that a kind of prior has no use for.
+
+    Raises:
+        ValueError: which.
+    """
+    given = asked.plain or asked.recompute or asked.precision != "auto"
+    if kind in NO_CHAIN and given:
+        raise ValueError(
+            f"--plain, --recompute and --precision are of chains, this prior is of kind {kind};"
+            " leave them out"
+        )
 
 
 def on_path(prior: Same, steps: Steps | None) -> Same:
     """The prior on the fast path, or as it is."""
     from ebm_prior.frozen import fast
 
-    return prior if steps is None else fast(prior, steps)
+    return prior if steps is None or prior.config.kind in NO_CHAIN else fast(prior, steps)
 
 
-def told(steps: Steps | None) -> str:
+def told(steps: Steps | None, backbone: Any, kind: str = "diffusion") -> str:
     """The path in a report."""
+    if kind in NO_CHAIN:
+        return "none: no chain over all layers"
     if steps is None:
         return "plain"
-    return f"fast, {steps.precision}{', recomputed' if steps.recompute else ''}"
+    what = "fast" if hasattr(backbone, "folded") else "fast energies"
+    return f"{what}, {steps.precision}{', recomputed' if steps.recompute else ''}"

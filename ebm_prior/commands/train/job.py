@@ -177,8 +177,8 @@ def make_trainer(
         statistics = bn_statistics(command, backbone, state, here, say)
         use: Any = backbone
         prior = prior.on(use.with_bn_statistics(statistics))
-    steps = speed.steps_of(command, here.device)
-    precision = speed.precision_of(command, here.device)
+    steps = speed.steps_of(command, here.device, backbone)
+    precision = speed.precision_of(steps)
     trainer = Trainer(
         speed.on_path(prior.to(here.device), steps),
         batches,

@@ -336,8 +336,8 @@ def test_the_tables_of_the_page_are_those_of_its_files():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ([], "give --out"),
-        (["--out", "new", "--table", "x.json"], "give --out"),
+        ([], "give one of --out"),
+        (["--out", "new", "--table", "x.json"], "give one of --out"),
         (["--table", __file__], "not the bench.json|expected a bench.json"),
         (["--out", "new", "--into", "x.md"], "goes with --table"),
         (["--out", "new", "--repeats", "0"], "--repeats 0: expected at least 1"),
@@ -346,8 +346,11 @@ def test_the_tables_of_the_page_are_those_of_its_files():
         (["--out", "new", "--prior", __file__], "give it as --checkpoint"),
         (["--out", "new", "--checkpoint", __file__], "either --prior FILE or --preset NAME"),
         (["--out", "new", "--checkpoint", "gone", "--preset", "digits"], "no such file"),
-        (["--out", "new", "--without", "tower", "--recompute"], "leave `tower` on"),
-        (["--out", "new", "--without", "tower"], "leave `tower` on"),
+        (
+            ["--out", "new", "--without", "tower", "--recompute"],
+            "give --precisions float32, without --recompute",
+        ),
+        (["--out", "new", "--without", "tower"], "give --precisions float32, without --recompute"),
     ],
 )
 def test_what_cannot_work_is_one_line(tmp_path, monkeypatch, capsys, flags, message):

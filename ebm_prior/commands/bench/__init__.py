@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from pathlib import Path
 
 from ebm_prior.commands.bench.shapes import SHAPES
@@ -116,7 +117,8 @@ def run(args: argparse.Namespace) -> int:
     if args.into is None:
         print(text, end="")
         if args.table is None:
-            print(f"\nwrote {args.out}/bench.json, bench.md, bench.png")
+            told = f"wrote {args.out}/bench.json, bench.md, bench.png"
+            print(told, file=sys.stderr)
     else:
         table.into(Path(args.into), source, text)
     return 0

@@ -147,7 +147,7 @@ def _shares(report: Mapping[str, Any]) -> str:
 
 def _at_most(shape: str, kind: str, path: str) -> str:
     target = _target(shape, kind, path)
-    return "" if target == MISSING else f" (target {target})"
+    return "" if target == MISSING else f" (aim {target})"
 
 
 def _target(shape: str, kind: str, name: str) -> str:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ebm_prior.energy import Columns, Energy, EnergyNets, TimedNet, time_embedding
@@ -22,6 +23,7 @@ from ebm_prior.frozen.convolution import Convolution, Product
 from ebm_prior.spectral_norm import SpectralNorm, power_iteration
 from ebm_prior.steps import Steps
 
+LARGE = 2**16  # values of a kernel that a convolution on a CPU rearranges at a cost
 FEW = 4  # convolutions below this number are quicker one by one than put side by side
 
 
@@ -303,6 +305,10 @@ class WideConv2d(Wide):
         n, out = weight.shape[:2]
         sides = zip(x.shape[2:], self.kernel, like.stride, like.padding, strict=True)
         pixels = math.prod((side + 2 * p - k) // s + 1 for side, k, s, p in sides)
-        product = x.device.type == "cpu" and len(x) // n * pixels <= out
+        large = weight[0].numel() >= LARGE and len(x) // n * pixels <= out
+        product = x.device.type == "cpu" and large
+        if n == 1 and not product:
+            flat = None if bias is None else bias[0]
+            return F.conv2d(x, weight[0], flat, like.stride, like.padding)
         how = Product if product else Convolution
         return how.apply(x, weight, bias, like.stride, like.padding)

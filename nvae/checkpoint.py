@@ -104,6 +104,12 @@ def _unpickle(path: Path) -> object:
     if not path.is_file():
         what = "it is a folder" if path.is_dir() else "there is no such file"
         raise ValueError(f"{path}: {what}; give the path of a checkpoint.pt")
+    with open(path, "rb") as file:
+        if file.read(9)[8:] == b"{":  # eight bytes of length, then JSON
+            raise ValueError(
+                f"{path}: a .safetensors file, expected NVAE's checkpoint.pt; VAEs and priors in"
+                " that format are for `python -m ebm_prior`"
+            )
     try:
         _refuse_bomb(path)
         # torch.load reads past a flipped bit; the container has a checksum for each tensor.

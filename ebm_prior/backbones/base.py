@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ebm_prior.latents import Layout
+from ebm_prior.steps import Steps
 
 
 class Backbone(Protocol):
@@ -43,6 +44,18 @@ class BackboneWithNoise(Backbone, Protocol):
 
     def infer_with(self, x: Tensor, eps: list[Tensor]) -> Tensor:
         """`infer` with its noise given: normal (B, \\*shape), one per layer, top first."""
+        ...
+
+
+class BackboneWithCopy(Backbone, Protocol):
+    """Two optional methods, for a backbone that has a frozen copy to run T on (`frozen.fast`)."""
+
+    def folded(self, steps: Steps) -> Backbone:
+        """The same backbone whose `to_z`, to rounding the same, is quicker in chains."""
+        ...
+
+    def refresh(self) -> None:
+        """Look whether the copy is still of the weights as they are; called before each draw."""
         ...
 
 

@@ -100,6 +100,8 @@ def test_the_last_lines_tell_what_was_written_and_what_comes_next(vae_file, tmp_
     assert train(vae_file, tmp_path / "run", "--iterations", "1") == 0
     told = capsys.readouterr().out
     assert "Trained 1 of 1 steps" in told
+    assert "holds prior.safetensors (the prior), last.pt (to go on from), config.json" in told
+    assert "report.json" in told
     command = told.strip().splitlines()[-1].split()
     assert command[:4] == ["python", "-m", "ebm_prior", "sample"]
     assert main([*command[3:], "--num_samples", "2", "--device", "cpu"]) == 0

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import nvae
 from nvae import checkpoint
@@ -307,3 +308,10 @@ def test_loading_by_hand_keeps_or_restores_the_tie_of_the_aliases() -> None:
     model.load_state_dict(short)
     with pytest.raises(RuntimeError, match=r"stem\.bias"):
         model.load_state_dict({k: v for k, v in state.items() if k != "stem.bias"})
+
+
+def test_a_file_of_the_other_format_is_told_by_its_name(tmp_path) -> None:
+    path = tmp_path / "hvae.safetensors"
+    save_file({"weight": torch.zeros(2)}, path)
+    with pytest.raises(ValueError, match=r"a \.safetensors file, expected NVAE's checkpoint.pt"):
+        checkpoint.read(path)

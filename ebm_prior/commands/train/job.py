@@ -28,6 +28,13 @@ if TYPE_CHECKING:
     from nvae.runtime import Runtime
 
 LARGE = 10_000  # latent values from which a CPU is not enough
+#: What a run may leave, as its last line tells it.
+FILES = {
+    "prior.safetensors": "prior.safetensors (the prior)",
+    "last.pt": "last.pt (to go on from)",
+    **{name: name for name in ("config.json", "args.json", "report.json", "metrics.jsonl")},
+    **{name: f"{name}/" for name in ("tensorboard", "grids")},
+}
 BN_KEY = 2**31 + 1  # the random numbers of BatchNorm re-estimation
 
 
@@ -292,8 +299,7 @@ def told(command: Run, summary: Summary) -> str:
         f"{state} {summary.step} of {summary.steps} steps in {summary.seconds:.0f} s. Of the last"
         f" steps: mean f(u-) - f(u+) {summary.difference:+.3g} ({right}), deviation of the"
         f" chains' u {summary.u_std:.3f} (the data's: {summary.data_std:.3f}){classes}{halved}."
-        f" {out} holds prior.safetensors (the prior), last.pt (to go on from), config.json,"
-        " args.json, metrics.jsonl, tensorboard/ and grids/, and once done report.json."
+        f" {out} holds {', '.join(told for name, told in FILES.items() if (out / name).exists())}."
     )
     if not summary.done:
         return f"{text} Go on with the same command and --resume auto."

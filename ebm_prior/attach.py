@@ -21,7 +21,7 @@ from ebm_prior.backbones.nvae import NVAEBackbone
 from ebm_prior.base import Prior
 from ebm_prior.fingerprint import backbone_fingerprint, check_fingerprint
 from ebm_prior.frozen import fast
-from ebm_prior.steps import Steps
+from ebm_prior.steps import Steps, precision_on
 from nvae.arch import ModelConfig
 from nvae.model import AutoEncoder
 
@@ -62,8 +62,7 @@ def attach(
         raise ValueError(f"block_size is {block_size}, expected at least 1, or None for no limit")
     backbone = NVAEBackbone(model, config=_config(model, args))
     plain = _on(backbone, prior) if isinstance(prior, Prior) else checkpoint.load(prior, backbone)
-    if precision == "auto":
-        precision = "bf16" if backbone.device.type == "cuda" else "float32"
+    precision = precision_on(backbone.device.type, precision)
     attached = fast(plain, Steps(precision=precision, recompute=recompute))
     sample: Any = model.sample
     gaussian = getattr(sample, "gaussian", sample)

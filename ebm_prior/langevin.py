@@ -7,7 +7,7 @@ norm of the energies, so one call more or less is another algorithm.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -149,18 +149,30 @@ def run(
         callback: called after each step with its index, the new state and what the step did.
     """
     state = init(u)
-    recorded = None if noise is None else iter(noise)
-    for k in range(num_steps):
-        if recorded is None:
-            drawn: Tensor | None = standard_normal(state.u, generator)
-        else:
-            drawn = next(recorded, None)
-        if drawn is None:
-            raise ValueError(f"noise has {k} entries, expected {num_steps}: one per step")
+    for k, drawn in enumerate(noises(state.u, num_steps, generator, noise)):
         state, info = step(state, log_density, step_size, drawn, mask)
         if callback is not None:
             callback(k, state, info)
     return state.u
+
+
+def noises(
+    like: Tensor,
+    num_steps: int,
+    generator: torch.Generator | None,
+    recorded: Iterable[Tensor] | None,
+) -> Iterator[Tensor]:
+    """The noise of each step, drawn like `like` when it is asked for, or as recorded.
+
+    Raises:
+        ValueError: fewer are recorded than there are steps.
+    """
+    given = None if recorded is None else iter(recorded)
+    for k in range(num_steps):
+        drawn = standard_normal(like, generator) if given is None else next(given, None)
+        if drawn is None:
+            raise ValueError(f"noise has {k} entries, expected {num_steps}: one per step")
+        yield drawn
 
 
 def standard_normal(like: Tensor, generator: torch.Generator | None) -> Tensor:

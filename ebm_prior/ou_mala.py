@@ -167,13 +167,9 @@ def run(
         )
     if num_steps == 0:
         return langevin.init(u).u
-    chain, recorded = init(u, log_density), None if noise is None else iter(noise)
-    wide = u.new_empty(len(u), u.shape[1] + 1)
-    for k in range(num_steps):
-        if recorded is None:
-            drawn = langevin.standard_normal(wide, generator)
-        else:
-            drawn = _checked(next(recorded, None), k, num_steps, wide)
+    chain, wide = init(u, log_density), u.new_empty(len(u), u.shape[1] + 1)
+    for k, drawn in enumerate(langevin.noises(wide, num_steps, generator, noise)):
+        _check(drawn, wide)
         before = chain
         chain, _ = step(chain, log_density, step_size, drawn, mask)
         if callback is not None:
@@ -183,15 +179,12 @@ def run(
     return chain.u
 
 
-def _checked(drawn: Tensor | None, k: int, num_steps: int, wide: Tensor) -> Tensor:
-    if drawn is None:
-        raise ValueError(f"noise has {k} entries, expected {num_steps}: one per step")
+def _check(drawn: Tensor, wide: Tensor) -> None:
     if drawn.shape != wide.shape:
         raise ValueError(
             f"noise has shape {tuple(drawn.shape)}, expected {tuple(wide.shape)}: one more column"
             " than coordinates, for the test of acceptance"
         )
-    return drawn
 
 
 # --- one step size per diffusion index ---------------------------------------------------------

@@ -68,8 +68,7 @@ class SpectralNorm(nn.Module):
         u, v = self.weight_u, self.weight_v
         if self.training:
             with torch.no_grad():
-                v = F.normalize(matrix.t().mv(u), dim=0, eps=EPS)
-                u = F.normalize(matrix.mv(v), dim=0, eps=EPS)
+                u, v = power_iteration(matrix, u)
                 # The graph of sigma keeps the new tensors, the buffers get copies: the next
                 # forward must not overwrite what this one's backward still needs.
                 self.weight_u.copy_(u)

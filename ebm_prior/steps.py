@@ -45,5 +45,12 @@ class Steps:
             raise ValueError("recompute and bf16 are steps of the tower: leave `tower` on")
 
 
+def precision_on(device: str, asked: str = "auto") -> str:
+    """`auto` is bf16 on a device of type `cuda`, else float32."""
+    if asked != "auto":
+        return asked
+    return "bf16" if device == "cuda" else "float32"
+
+
 #: Those that are on by default, the ones that can be switched off.
 NAMES = tuple(field.name for field in fields(Steps) if field.default is True)

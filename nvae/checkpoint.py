@@ -100,16 +100,21 @@ def _read(path: str | os.PathLike[str]) -> tuple[Checkpoint, AutoEncoder]:
         raise ValueError(f"{path}: {error}") from None
 
 
+def is_safetensors(path: Path) -> bool:
+    """Whether a file begins as one of that format: eight bytes of length, then JSON."""
+    with open(path, "rb") as file:
+        return file.read(9)[8:] == b"{"
+
+
 def _unpickle(path: Path) -> object:
     if not path.is_file():
         what = "it is a folder" if path.is_dir() else "there is no such file"
         raise ValueError(f"{path}: {what}; give the path of a checkpoint.pt")
-    with open(path, "rb") as file:
-        if file.read(9)[8:] == b"{":  # eight bytes of length, then JSON
-            raise ValueError(
-                f"{path}: a .safetensors file, expected NVAE's checkpoint.pt; VAEs and priors in"
-                " that format are for `python -m ebm_prior`"
-            )
+    if is_safetensors(path):
+        raise ValueError(
+            f"{path}: a .safetensors file, expected NVAE's checkpoint.pt; VAEs and priors in"
+            " that format are for `python -m ebm_prior`"
+        )
     try:
         _refuse_bomb(path)
         # torch.load reads past a flipped bit; the container has a checksum for each tensor.

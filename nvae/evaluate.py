@@ -67,13 +67,14 @@ def _job(settings: Settings, here: runtime.Runtime) -> Job:
         **provenance(),
     }
     if settings.ebm_prior:
-        precision = settings.ebm_precision
-        if precision == "auto":
-            precision = "bf16" if here.device.type == "cuda" else "float32"
-        importlib.import_module("ebm_prior.attach").attach(
-            model, settings.ebm_prior, precision=precision, recompute=settings.ebm_recompute
+        attached = importlib.import_module("ebm_prior.attach").attach(
+            model,
+            settings.ebm_prior,
+            precision=settings.ebm_precision,
+            recompute=settings.ebm_recompute,
         )
-        protocol["chains"] = f"{precision}{', recomputed' if settings.ebm_recompute else ''}"
+        steps = attached.backbone.steps
+        protocol["chains"] = f"{steps.precision}{', recomputed' if steps.recompute else ''}"
         protocol["prior"] = f"EBM prior {Path(settings.ebm_prior).name}"
         protocol["prior_sha256"] = sha256(settings.ebm_prior)
         protocol["batch_norm"] = "the prior's, if it has any, else stored"

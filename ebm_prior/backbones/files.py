@@ -14,6 +14,7 @@ from torch import Tensor
 from ebm_prior.backbones import nvae
 from ebm_prior.backbones.hvae import file as hvae_file
 from ebm_prior.backbones.hvae.backbone import HVAEBackbone
+from nvae.checkpoint import is_safetensors
 
 Opened = nvae.NVAEBackbone | HVAEBackbone
 
@@ -25,7 +26,7 @@ def open_backbone(path: str | os.PathLike[str], device: str | torch.device = "cp
         ValueError: a file of another kind, a damaged one, or none; what to give instead.
     """
     path = Path(path)
-    if path.is_file() and _is_safetensors(path):
+    if path.is_file() and is_safetensors(path):
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
@@ -47,9 +48,3 @@ def of_model(model: Any, bn_statistics: Mapping[str, Tensor] | None = None) -> O
         ValueError: it is none.
     """
     return nvae.NVAEBackbone(model, bn_statistics)
-
-
-def _is_safetensors(path: Path) -> bool:
-    """Whether the file begins as one: eight bytes of length, then JSON."""
-    with open(path, "rb") as file:
-        return file.read(9)[8:] == b"{"

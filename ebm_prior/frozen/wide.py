@@ -237,14 +237,15 @@ class Wide(nn.Module):
         return layer.weight_orig if isinstance(layer, SpectralNorm) else layer.weight
 
     @staticmethod
-    def _stacked(tensors: Sequence[Any]) -> Tensor:
-        return torch.stack([x.detach().flatten(1) if x.ndim > 1 else x.detach() for x in tensors])
+    def _stacked(tensors: Sequence[Any], out: Tensor | None = None) -> Tensor:
+        flat = [x.detach().flatten(1) if x.ndim > 1 else x.detach() for x in tensors]
+        return torch.stack(flat, out=out)
 
     def read(self) -> None:
         """Take the layers' weights, and normalise them with the vectors as they are."""
-        self.raw.copy_(self._stacked([self._source(layer) for layer in self.sources]))
+        self._stacked([self._source(layer) for layer in self.sources], out=self.raw)
         if self.bias is not None:
-            self.bias.copy_(self._stacked([layer.bias for layer in self.sources]))
+            self._stacked([layer.bias for layer in self.sources], out=self.bias)
         if self.normalised:
             torch.stack([layer.weight_u for layer in self.sources], out=self.u)
             torch.stack([layer.weight_v for layer in self.sources], out=self.v)

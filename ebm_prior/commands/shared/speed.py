@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from ebm_prior.steps import PRECISIONS, Steps
+from ebm_prior.steps import PRECISIONS, Steps, precision_on
 
 if TYPE_CHECKING:
     import torch
@@ -82,9 +82,7 @@ def steps_of(
                     " energies have a fast path); leave it out"
                 )
         return Steps()
-    precision = asked.precision
-    if precision == "auto":
-        precision = "bf16" if device.type == "cuda" else "float32"
+    precision = precision_on(device.type, asked.precision)
     return Steps(recompute=asked.recompute, precision=precision)
 
 
